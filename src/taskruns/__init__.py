@@ -1,0 +1,55 @@
+"""The flight recorder for tasks: one durable row for every attempt of every task, in your SQL database."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskruns.errors import (
+        AttemptConflictError,
+        RunClosedError,
+        RunExistsError,
+        RunNotFoundError,
+        SchemaVersionError,
+        TaskRunsError,
+    )
+    from taskruns.history import TaskRunHistory
+    from taskruns.model import PROBLEMS, TaskPhase, TaskRun
+    from taskruns.orm import TaskRunRow
+    from taskruns.repository import RunPage, TaskRunRepository
+
+__all__ = [
+    "PROBLEMS",
+    "AttemptConflictError",
+    "RunClosedError",
+    "RunExistsError",
+    "RunNotFoundError",
+    "RunPage",
+    "SchemaVersionError",
+    "TaskPhase",
+    "TaskRun",
+    "TaskRunHistory",
+    "TaskRunRepository",
+    "TaskRunRow",
+    "TaskRunsError",
+]
+
+_HOMES = {
+    "PROBLEMS": "model",
+    "TaskPhase": "model",
+    "TaskRun": "model",
+    "TaskRunHistory": "history",
+    "TaskRunRepository": "repository",
+    "RunPage": "repository",
+    "TaskRunRow": "orm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing SQLAlchemy takes longer than many a job that `taskruns exec` runs: only who needs it pays for it.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,277 @@
+"""The same history for asyncio: the twins of :class:`TaskRunRepository` and :class:`TaskRunHistory`.
+
+Each method does what its twin does, by running it in SQLAlchemy's bridge, so that no rule is written twice.
+"""
+
+import asyncio
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Concatenate, ParamSpec, Self, TypeVar
+
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from taskruns import engine, migrate
+from taskruns.history import PAGE, RETRY_FOR, Operation
+from taskruns.model import Outcome, TaskPhase, TaskRun
+from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
+from taskruns.repository import Phases, RunPage, Start, TaskRunRepository, close_alone, open_alone
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class AsyncTaskRunRepository:
+    """The twin of :class:`taskruns.TaskRunRepository` on an asynchronous connection of the caller's."""
+
+    def __init__(self, connection: AsyncConnection, *, source: str | None = None) -> None:
+        self._connection = connection
+        self._source = source
+
+    async def _call(
+        self, method: Callable[Concatenate[TaskRunRepository, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        return await self._connection.run_sync(
+            lambda connection: method(TaskRunRepository(connection, source=self._source), *args, **kwargs)
+        )
+
+    async def open_run(
+        self,
+        task_id: str,
+        *,
+        attempt: int | None = None,
+        started_at: datetime | None = None,
+        source: str | None = None,
+        submission: str | None = None,
+        source_attempt: int | None = None,
+    ) -> TaskRun:
+        """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
+        return await self._call(
+            TaskRunRepository.open_run,
+            task_id,
+            attempt=attempt,
+            started_at=started_at,
+            source=source,
+            submission=submission,
+            source_attempt=source_attempt,
+        )
+
+    async def close_run(
+        self,
+        task_id: str,
+        attempt: int,
+        phase: TaskPhase,
+        *,
+        error: str | None = None,
+        exit_code: int | None = None,
+        finished_at: datetime | None = None,
+    ) -> TaskRun:
+        """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`."""
+        return await self._call(
+            TaskRunRepository.close_run,
+            task_id,
+            attempt,
+            phase,
+            error=error,
+            exit_code=exit_code,
+            finished_at=finished_at,
+        )
+
+    async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
+        """Return a run; None if there is no such run."""
+        return await self._call(TaskRunRepository.get_run, task_id, attempt)
+
+    async def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
+        """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
+        return await self._call(TaskRunRepository.last_run, task_id, phases=phases)
+
+    async def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
+        """Return a page of the task's runs, newest attempt first: see :meth:`TaskRunRepository.runs`."""
+        return await self._call(TaskRunRepository.runs, task_id, phases=phases, limit=limit, after=after)
+
+    async def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
+        """Return the active runs, of one task or of all, in the order they started."""
+        return await self._call(TaskRunRepository.active_runs, task_id)
+
+    async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
+        """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
+        return await self._call(TaskRunRepository.tasks, limit=limit, after=after)
+
+
+class AsyncTaskRunHistory:
+    """The twin of :class:`taskruns.TaskRunHistory`. Belongs to the event loop that first uses it."""
+
+    def __init__(self, engine: AsyncEngine, *, source: str | None = None, retry_for: float = RETRY_FOR) -> None:
+        self._engine = engine
+        self._source = socket.gethostname() if source is None else source
+        self._retry_for = retry_for
+        self._outage = Outage()
+        self._is_current = False
+
+    @classmethod
+    def connect(
+        cls,
+        url: str | URL,
+        *,
+        source: str | None = None,
+        read_only: bool = False,
+        lock_timeout: float = engine.LOCK_TIMEOUT,
+        retry_for: float = RETRY_FOR,
+    ) -> Self:
+        """Return the history in a database: see :meth:`taskruns.TaskRunHistory.connect`. Not awaited."""
+        parsed = engine.parse_url(url, drivers=engine.ASYNC_DRIVERS)
+        options = engine.engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
+        with engine.driver_needed(parsed):
+            own = create_async_engine(options.pop("url"), **options)
+        engine.prepared(own.sync_engine, parsed, read_only=read_only)
+        return cls(own, source=source, retry_for=retry_for)
+
+    async def dispose(self) -> None:
+        """Close the idle connections. A later call opens new ones."""
+        await self._engine.dispose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.dispose()
+
+    async def upgrade(self) -> None:
+        """Create the tables, or bring them to this version."""
+        # Waiting in the lock itself would stop the event loop, which its holder may need to go on.
+        while not migrate.lock.acquire(blocking=False):  # noqa: ASYNC110  (a thread's lock wakes no loop)
+            await asyncio.sleep(0.02)
+        try:
+            async with self._engine.connect() as connection:
+                await connection.run_sync(migrate.upgrade_connection)
+        finally:
+            migrate.lock.release()
+
+    @asynccontextmanager
+    async def begin(self, *, lock: str | None = None) -> AsyncIterator[AsyncTaskRunRepository]:
+        """Make one transaction of several calls: see :meth:`taskruns.TaskRunHistory.begin`."""
+        async with self._engine.connect() as connection:
+            await self._require_current(connection)
+            transaction = await connection.run_sync(lambda connection: engine.transaction(connection, lock=lock))
+            await connection.run_sync(lambda _: transaction.__enter__())
+            try:
+                yield AsyncTaskRunRepository(connection, source=self._source)
+            except BaseException:
+                await connection.run_sync(lambda _: transaction.__exit__(*sys.exc_info()))
+                raise
+            await connection.run_sync(lambda _: transaction.__exit__(None, None, None))
+
+    async def open_run(
+        self,
+        task_id: str,
+        *,
+        attempt: int | None = None,
+        started_at: datetime | None = None,
+        source: str | None = None,
+        submission: str | None = None,
+        source_attempt: int | None = None,
+    ) -> TaskRun:
+        """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
+        start = Start.of(task_id, attempt, started_at, source or self._source, submission, source_attempt)
+        return await self._call(lambda connection, again: open_alone(connection, start, again=again))
+
+    async def close_run(
+        self,
+        task_id: str,
+        attempt: int,
+        phase: TaskPhase,
+        *,
+        error: str | None = None,
+        exit_code: int | None = None,
+        finished_at: datetime | None = None,
+    ) -> TaskRun:
+        """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`."""
+        outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
+        return await self._call(
+            lambda connection, again: close_alone(connection, task_id, attempt, outcome, again=again)
+        )
+
+    async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
+        """Return a run; None if there is no such run."""
+        return await self._ask(lambda runs: runs.get_run(task_id, attempt))
+
+    async def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
+        """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
+        return await self._ask(lambda runs: runs.last_run(task_id, phases=phases))
+
+    async def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
+        """Return a page of the task's runs, newest attempt first: see :meth:`TaskRunRepository.runs`."""
+        return await self._ask(lambda runs: runs.runs(task_id, phases=phases, limit=limit, after=after))
+
+    async def iter_runs(self, task_id: str, *, phases: Phases = None) -> AsyncIterator[TaskRun]:
+        """Yield all of the task's runs, newest attempt first, a page at a time: the memory it takes is constant."""
+        after = None
+        while True:
+            page = await self.runs(task_id, phases=phases, limit=PAGE, after=after)
+            for run in page.runs:
+                yield run
+            after = page.next_cursor
+            if after is None:
+                return
+
+    async def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
+        """Return the active runs, of one task or of all, in the order they started."""
+        return await self._ask(lambda runs: runs.active_runs(task_id))
+
+    async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
+        """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
+        return await self._ask(lambda runs: runs.tasks(limit=limit, after=after))
+
+    def record(
+        self, task_id: str, *, source: str | None = None, submission: str | None = None, on_error: OnError = "warn"
+    ) -> AsyncRecording:
+        """Record what runs inside ``async with history.record(task_id) as run:``, or a coroutine function.
+
+        See :meth:`taskruns.TaskRunHistory.record`. A cancelation waits until the run is closed.
+        """
+        checked_on_error(on_error)
+
+        async def begin() -> RecordedRun:
+            handle = RecordedRun()
+            if on_error == "raise" or not self._outage.is_on:
+                with self._outage.tolerated(task_id, on_error):
+                    handle.run = await self.open_run(
+                        task_id, started_at=handle.started_at, source=source, submission=submission
+                    )
+            return handle
+
+        async def end(handle: RecordedRun, exception: BaseException | None) -> None:
+            if handle.run is None or (on_error == "warn" and self._outage.is_on):
+                return
+            with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                outcome = handle.outcome(exception)
+                handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+
+        return AsyncRecording(begin, end)
+
+    async def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
+        return await self._call(lambda connection, _again: question(TaskRunRepository(connection)))
+
+    async def _call(self, operation: Operation[T]) -> T:
+        try:
+            return await self._call_once(operation, again=False)
+        except Exception as error:
+            if not engine.is_transient(error):
+                raise
+        from tenacity import AsyncRetrying  # noqa: PLC0415  (only where something went wrong)
+
+        return await AsyncRetrying(**engine.retry_policy(self._retry_for))(self._call_once, operation, again=True)
+
+    async def _call_once(self, operation: Operation[T], *, again: bool) -> T:
+        async with self._engine.connect() as connection:
+            await self._require_current(connection)
+            return await connection.run_sync(operation, again)
+
+    async def _require_current(self, connection: AsyncConnection) -> None:
+        if not self._is_current:
+            await connection.run_sync(migrate.require)
+            await connection.commit()
+            self._is_current = True

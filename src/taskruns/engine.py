@@ -1,0 +1,296 @@
+"""What each database needs: the driver, settings at connect, transactions, locks, fork safety."""
+
+import hashlib
+import os
+import sqlite3
+import stat
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
+
+DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}
+ASYNC_DRIVERS = {"sqlite": "aiosqlite", "postgresql": "psycopg", "mysql": "aiomysql", "mariadb": "aiomysql"}
+_EXTRAS = {"postgresql": "postgres", "mysql": "mysql", "mariadb": "mysql"}
+
+LOCK_TIMEOUT = 30.0
+"""Seconds that a writer waits for another one: SQLite's busy timeout, MariaDB's named lock."""
+
+CONNECT_TIMEOUT = 10
+"""Seconds to wait for a server, unless the URL has a ``connect_timeout``."""
+
+
+def parse_url(url: str | URL, *, drivers: dict[str, str] = DRIVERS) -> URL:
+    """Return the URL of a database with its driver named and, for SQLite, the file's path made absolute.
+
+    Raises:
+        ValueError: this is not the URL of a database that taskruns supports.
+    """
+    if isinstance(url, str) and "://" not in url:
+        raise ValueError("a database is named by a URL, such as sqlite:///runs.db or postgresql://host/name")
+    try:
+        parsed = make_url(url)
+        backend, _, driver = parsed.drivername.partition("+")
+    except (ArgumentError, ValueError):  # neither message repeats the URL, which may hold a password
+        raise ValueError(
+            "the database URL is not valid: it has the form scheme://user:password@host:port/name"
+        ) from None
+    backend = {"postgres": "postgresql"}.get(backend, backend)
+    if backend not in drivers:
+        raise ValueError(f"{backend!r} is not a supported database; these are: {', '.join(drivers)}")
+    if not driver or driver in DRIVERS.values():
+        driver = drivers[backend]
+    parsed = parsed.set(drivername=f"{backend}+{driver}")
+    if backend == "sqlite" and is_file(parsed):
+        # A later change of the working directory must not change which file it is.
+        parsed = parsed.set(database=str(Path(parsed.database or "").absolute()))
+    return parsed
+
+
+def is_file(url: URL) -> bool:
+    """Whether this is an SQLite database in a plain file: neither in memory nor a ``file:`` URI."""
+    name = url.database
+    return (
+        url.get_backend_name() == "sqlite" and bool(name) and name != ":memory:" and not str(name).startswith("file:")
+    )
+
+
+def hide_password(url: URL) -> str:
+    """Return the URL as text without its password, wherever it stands in it."""
+    secret = {key: "***" for key in url.query if key in ("password", "passwd", "sslpassword")}
+    return url.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
+
+
+def create(url: str | URL, *, read_only: bool = False, lock_timeout: float = LOCK_TIMEOUT) -> Engine:
+    """Return an engine on which each statement commits by itself; :func:`transaction` groups them.
+
+    Raises:
+        ValueError: the URL is not valid, or names a database that is not supported.
+        ModuleNotFoundError: the driver is not installed; the message names the extra that brings it.
+    """
+    parsed = parse_url(url)
+    options = engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
+    with driver_needed(parsed):
+        engine = create_engine(options.pop("url"), **options)
+    return prepared(engine, parsed, read_only=read_only)
+
+
+@contextmanager
+def driver_needed(url: URL) -> Iterator[None]:
+    """Turn the failed import of a driver into advice."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(url.get_backend_name(), "asyncio")
+        message = f"{url.get_backend_name()} needs {error.name}: pip install 'taskruns[{extra}]'"
+        raise ModuleNotFoundError(message, name=error.name) from None
+
+
+def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[str, Any]:
+    """Return the arguments of ``create_engine`` for a parsed URL."""
+    backend = url.get_backend_name()
+    query = dict(url.query)
+    arguments: dict[str, Any] = {}
+    if backend == "sqlite":
+        query.pop("synchronous", None)  # ours, see prepared()
+        if "timeout" not in query:
+            arguments["timeout"] = lock_timeout
+        if read_only and is_file(url):
+            url = url.set(database=f"file:{quote(url.database or '')}")
+            query |= {"mode": "ro", "uri": "true"}
+        return {"url": url.set(query=query), "connect_args": arguments}
+    if "connect_timeout" not in query:
+        arguments["connect_timeout"] = CONNECT_TIMEOUT
+    if backend == "postgresql":
+        threshold = query.pop("prepare_threshold", None)
+        if threshold is not None:
+            # psycopg gets every option of a URL as text, and would fail to compare this one with a number.
+            arguments["prepare_threshold"] = _prepare_threshold(str(threshold))
+    else:
+        query.setdefault("charset", "utf8mb4")
+        # Not every server is strict by default; the others cut what does not fit, without an error.
+        arguments["init_command"] = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_ALL_TABLES')"
+    return {
+        "url": url.set(query=query),
+        "connect_args": arguments,
+        "isolation_level": "AUTOCOMMIT",
+        "skip_autocommit_rollback": True,
+    }
+
+
+def _prepare_threshold(value: str) -> int | None:
+    if value.lower() == "none":
+        return None
+    if value.isdecimal():
+        return int(value)
+    raise ValueError(f"prepare_threshold in the database URL is a number or none, not {value!r}")
+
+
+def prepared(engine: Engine, url: URL, *, read_only: bool) -> Engine:
+    """Install what the engine's connections need, and make it safe to fork."""
+    if engine.dialect.name == "sqlite":
+        _prepare_sqlite(engine, url, read_only=read_only)
+    _engines.add(engine)
+    return engine
+
+
+def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
+    synchronous = str(url.query.get("synchronous", "FULL")).upper()
+    if synchronous not in ("FULL", "NORMAL"):
+        raise ValueError(f"synchronous in the database URL is FULL or NORMAL, not {synchronous!r}")
+
+    @event.listens_for(engine, "do_connect")
+    def make_private(*_: object) -> None:
+        if not read_only and is_file(url):
+            _make_file(Path(str(url.database)))
+
+    @event.listens_for(engine, "connect")
+    def connected(dbapi: Any, _record: object) -> None:
+        # None makes the driver commit each statement. SQLAlchemy's own AUTOCOMMIT would do so too, but together with
+        # the hook below it lost acknowledged writes.
+        dbapi.isolation_level = None
+        cursor = dbapi.cursor()
+        if not read_only:
+            _use_wal(cursor)
+            cursor.execute(f"PRAGMA synchronous = {synchronous}")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        mode = connection.get_execution_options().get("taskruns_begin")
+        if mode is not None:
+            connection.exec_driver_sql(f"BEGIN {mode}")
+
+
+def _make_file(path: Path) -> None:
+    """Make a missing database file, and its directory, readable for its owner only; the WAL takes the file's mode."""
+    if path.exists():
+        return
+    if not path.parent.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, stat.S_IRUSR | stat.S_IWUSR))
+
+
+def _use_wal(cursor: Any) -> None:
+    # The change to WAL needs the file alone, and SQLite does not wait for that by itself.
+    deadline = time.monotonic() + 5
+    while True:
+        cursor.execute("PRAGMA journal_mode")
+        if cursor.fetchone()[0] in ("wal", "memory"):
+            return
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            cursor.fetchall()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+@contextmanager
+def transaction(connection: Connection, *, lock: str | None = None) -> Iterator[None]:
+    """Make one writing transaction of what is executed inside; ``lock`` is a task that only one of them may hold.
+
+    Raises:
+        TimeoutError: another transaction kept the task's lock for too long (MariaDB and MySQL).
+    """
+    backend = connection.dialect.name
+    if backend == "sqlite":
+        # IMMEDIATE takes the write lock, and waits for it, before the first read: there is no other lock to need.
+        # A deferred transaction that reads first fails at once where it meets another writer.
+        connection.execution_options(taskruns_begin="IMMEDIATE")
+        with connection.begin():
+            yield
+        return
+    connection.execution_options(isolation_level="READ COMMITTED")  # later snapshots would be older than the lock
+    if backend == "postgresql":
+        with connection.begin():
+            if lock is not None:
+                lock_task(connection, lock)
+            yield
+        return
+    name = None if lock is None else _lock_name(connection, lock)
+    if name is not None:
+        # Around the transaction: released inside it, the next holder would not see what it wrote.
+        with connection.begin():
+            if connection.scalar(select(func.get_lock(name, LOCK_TIMEOUT))) != 1:
+                raise TimeoutError(f"the lock of task {lock!r} was not free within {LOCK_TIMEOUT:.0f} s")
+    try:
+        with connection.begin():
+            yield
+    finally:
+        if name is not None and not connection.invalidated:
+            with connection.begin():
+                connection.scalar(select(func.release_lock(name)))
+
+
+def lock_task(connection: Connection, task_id: str) -> None:
+    """Wait for the task's lock and hold it until the transaction ends: PostgreSQL only, elsewhere nothing."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(task_id, _LOCK_SEED))))
+
+
+_LOCK_SEED = 0x7461736B  # "task": keeps apart from a host's own locks over the same texts
+
+
+def _lock_name(connection: Connection, task_id: str) -> str:
+    # Locks are the server's, not the database's, and their names have at most 64 characters on MySQL.
+    database = connection.engine.url.database or ""
+    return "taskruns:" + hashlib.sha256(f"{database}\0{task_id}".encode()).hexdigest()[:40]
+
+
+_TRANSIENT_SQLSTATES = {"40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03"}
+_TRANSIENT_MYSQL_ERRORS = {1020, 1040, 1053, 1205, 1213, 1927, 2002, 2003, 2006, 2013}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether to try again: busy, deadlock, serialization failure, too many or lost connections."""
+    if isinstance(error, ConnectionError):
+        return True
+    if not isinstance(error, DBAPIError) or isinstance(error, IntegrityError):
+        return False
+    cause: Any = error.orig
+    if error.connection_invalidated:
+        return True
+    if isinstance(cause, sqlite3.Error):
+        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    if hasattr(cause, "sqlstate"):
+        # None is what psycopg has for a connection that could not be made, whatever the reason.
+        state = cause.sqlstate
+        unreached = state is None and isinstance(error, OperationalError)
+        return unreached or (state is not None and (state in _TRANSIENT_SQLSTATES or state.startswith("08")))
+    return bool(cause is not None and cause.args and cause.args[0] in _TRANSIENT_MYSQL_ERRORS)
+
+
+def retry_policy(seconds: float) -> dict[str, Any]:
+    """Return the arguments of tenacity's retrying: transient errors, with growing random waits, for so long."""
+    import tenacity  # noqa: PLC0415  (only where something went wrong)
+
+    return {
+        "retry": tenacity.retry_if_exception(is_transient),
+        "stop": tenacity.stop_after_delay(seconds),
+        "wait": tenacity.wait_random_exponential(multiplier=0.02, max=1),
+        "reraise": True,
+    }
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_inherited: list[object] = []
+
+
+def _forget_connections() -> None:
+    """Give a forked child pools of its own, and leave the parent's sockets alone."""
+    for engine in list(_engines):
+        _inherited.append(engine.pool)  # collecting it would close what the parent still uses
+        engine.dispose(close=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_connections)

@@ -1,0 +1,207 @@
+"""A task's history in a database: each call is one transaction."""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Self, TypeVar
+
+from sqlalchemy import URL, Connection, Engine
+
+from taskruns import engine, migrate
+from taskruns.model import Outcome, TaskPhase, TaskRun
+from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
+from taskruns.repository import Phases, RunPage, Start, TaskRunRepository, close_alone, open_alone
+
+T = TypeVar("T")
+
+Operation = Callable[[Connection, bool], T]
+"""What to do on a connection; the flag says that an earlier try may have been written although its answer was lost."""
+
+RETRY_FOR = 5.0
+"""Seconds for which a call goes on trying after a transient error."""
+
+PAGE = 500
+"""Runs that a stream fetches at a time."""
+
+
+class TaskRunHistory:
+    """The runs of all tasks in one database. May be shared between threads; a forked child may go on using it.
+
+    Every call commits before it returns. Transient errors (a busy database, a deadlock, a lost connection) are tried
+    again for up to ``retry_for`` seconds, safely: a start whose answer was lost is looked for before it is repeated.
+    """
+
+    def __init__(self, engine: Engine, *, source: str | None = None, retry_for: float = RETRY_FOR) -> None:
+        self._engine = engine
+        self._source = socket.gethostname() if source is None else source
+        self._retry_for = retry_for
+        self._outage = Outage()
+        self._is_current = False
+
+    @classmethod
+    def connect(
+        cls,
+        url: str | URL,
+        *,
+        source: str | None = None,
+        read_only: bool = False,
+        lock_timeout: float = engine.LOCK_TIMEOUT,
+        retry_for: float = RETRY_FOR,
+    ) -> Self:
+        """Return the history in a database. Nothing is opened before it is needed.
+
+        Args:
+            url: An SQLAlchemy URL: ``sqlite:///FILE``, ``postgresql://…``, ``mysql://…`` or ``mariadb://…``. Options:
+                ``synchronous=NORMAL`` (SQLite), ``prepare_threshold=none`` (PostgreSQL behind PgBouncer).
+            source: What runs are marked with; the host's name unless given.
+            read_only: Never write, and never create an SQLite file.
+            lock_timeout: Seconds to wait for another writer of an SQLite file.
+            retry_for: Seconds for which a call goes on trying after a transient error.
+
+        Raises:
+            ValueError: the URL is not that of a supported database.
+            ModuleNotFoundError: its driver is not installed; the message names the extra that brings it.
+        """
+        own = engine.create(url, read_only=read_only, lock_timeout=lock_timeout)
+        return cls(own, source=source, retry_for=retry_for)
+
+    def dispose(self) -> None:
+        """Close the idle connections. A later call opens new ones."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dispose()
+
+    def upgrade(self) -> None:
+        """Create the tables, or bring them to this version."""
+        migrate.upgrade(self._engine)
+
+    @contextmanager
+    def begin(self, *, lock: str | None = None) -> Iterator[TaskRunRepository]:
+        """Make one transaction of several calls, committed at the end or rolled back by an exception.
+
+        ``lock`` names a task whose runs no other transaction with this lock may open meanwhile.
+        """
+        with self._engine.connect() as connection:
+            self._require_current(connection)
+            with engine.transaction(connection, lock=lock):
+                yield TaskRunRepository(connection, source=self._source)
+
+    def open_run(
+        self,
+        task_id: str,
+        *,
+        attempt: int | None = None,
+        started_at: datetime | None = None,
+        source: str | None = None,
+        submission: str | None = None,
+        source_attempt: int | None = None,
+    ) -> TaskRun:
+        """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
+        start = Start.of(task_id, attempt, started_at, source or self._source, submission, source_attempt)
+        return self._call(lambda connection, again: open_alone(connection, start, again=again))
+
+    def close_run(
+        self,
+        task_id: str,
+        attempt: int,
+        phase: TaskPhase,
+        *,
+        error: str | None = None,
+        exit_code: int | None = None,
+        finished_at: datetime | None = None,
+    ) -> TaskRun:
+        """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`."""
+        outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
+        return self._call(lambda connection, again: close_alone(connection, task_id, attempt, outcome, again=again))
+
+    def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
+        """Return a run; None if there is no such run."""
+        return self._ask(lambda runs: runs.get_run(task_id, attempt))
+
+    def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
+        """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
+        return self._ask(lambda runs: runs.last_run(task_id, phases=phases))
+
+    def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
+        """Return a page of the task's runs, newest attempt first: see :meth:`TaskRunRepository.runs`."""
+        return self._ask(lambda runs: runs.runs(task_id, phases=phases, limit=limit, after=after))
+
+    def iter_runs(self, task_id: str, *, phases: Phases = None) -> Iterator[TaskRun]:
+        """Yield all of the task's runs, newest attempt first, a page at a time: the memory it takes is constant."""
+        after = None
+        while True:
+            page = self.runs(task_id, phases=phases, limit=PAGE, after=after)
+            yield from page.runs
+            after = page.next_cursor
+            if after is None:
+                return
+
+    def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
+        """Return the active runs, of one task or of all, in the order they started."""
+        return self._ask(lambda runs: runs.active_runs(task_id))
+
+    def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
+        """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
+        return self._ask(lambda runs: runs.tasks(limit=limit, after=after))
+
+    def record(
+        self, task_id: str, *, source: str | None = None, submission: str | None = None, on_error: OnError = "warn"
+    ) -> Recording:
+        """Record what runs inside ``with history.record(task_id) as run:``, or a function, as ``@history.record(task_id)``.
+
+        The run ends as succeeded; by an exception as failed, with its text as the error; as timeout on TimeoutError,
+        as canceled on KeyboardInterrupt and CancelledError, by its code on SystemExit. The exception goes on.
+
+        The code runs whatever happens to the recording: an error there is logged, once while the database stays out of
+        use, and for 30 s after it no new try is made. ``on_error="raise"`` raises it instead, except where the code
+        raises an exception of its own.
+        """
+        checked_on_error(on_error)
+
+        def begin() -> RecordedRun:
+            handle = RecordedRun()
+            if on_error == "raise" or not self._outage.is_on:
+                with self._outage.tolerated(task_id, on_error):
+                    handle.run = self.open_run(
+                        task_id, started_at=handle.started_at, source=source, submission=submission
+                    )
+            return handle
+
+        def end(handle: RecordedRun, exception: BaseException | None) -> None:
+            if handle.run is None or (on_error == "warn" and self._outage.is_on):
+                return
+            with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                outcome = handle.outcome(exception)
+                handle.run = self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+
+        return Recording(begin, end)
+
+    def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
+        return self._call(lambda connection, _again: question(TaskRunRepository(connection)))
+
+    def _call(self, operation: Operation[T]) -> T:
+        try:
+            return self._call_once(operation, again=False)
+        except Exception as error:
+            if not engine.is_transient(error):
+                raise
+        from tenacity import Retrying  # noqa: PLC0415  (only where something went wrong)
+
+        return Retrying(**engine.retry_policy(self._retry_for))(self._call_once, operation, again=True)
+
+    def _call_once(self, operation: Operation[T], *, again: bool) -> T:
+        with self._engine.connect() as connection:
+            self._require_current(connection)
+            return operation(connection, again)
+
+    def _require_current(self, connection: Connection) -> None:
+        """Check the tables' version, once: migrations within a major never take away what this code needs."""
+        if not self._is_current:
+            migrate.require(connection)
+            connection.commit()
+            self._is_current = True

@@ -1,0 +1,357 @@
+"""The run of a task and its rules: plain values, no database.
+
+The record and its phases follow the ``TaskRun`` of the Solti task model.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Self
+
+MAX_ATTEMPT = 2**32 - 1
+"""The highest attempt number: attempts are u32, as in the Solti model."""
+
+MAX_NAME_LENGTH = 255
+"""Characters in a task id, a source or a submission."""
+
+MAX_ERROR_BYTES = 64 * 1024
+"""Bytes of UTF-8 that are kept of an error; a longer one keeps its head and its tail."""
+
+_ERROR_HEAD_BYTES = 16 * 1024
+
+
+class TaskPhase(StrEnum):
+    """Where a task stands; a stored run is ``RUNNING`` or one of the terminal phases."""
+
+    PENDING = "pending"
+    """Not started yet; no run has it."""
+    RUNNING = "running"
+    """In progress."""
+    SUCCEEDED = "succeeded"
+    """Ended well."""
+    FAILED = "failed"
+    """Ended with an error; another attempt may follow."""
+    TIMEOUT = "timeout"
+    """Was stopped because it took too long."""
+    CANCELED = "canceled"
+    """Was stopped because somebody asked for it."""
+    EXHAUSTED = "exhausted"
+    """Failed, and no further attempt is permitted."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the work may still go on: pending or running."""
+        return self in (TaskPhase.PENDING, TaskPhase.RUNNING)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether this is a final outcome: every phase that is not active."""
+        return not self.is_active
+
+
+PROBLEMS = frozenset({TaskPhase.FAILED, TaskPhase.TIMEOUT, TaskPhase.EXHAUSTED})
+"""The phases that somebody has to look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRun:
+    """One attempt of a task. Immutable, hashable, safe to pickle and to pass between threads.
+
+    Raises:
+        ValueError: the values contradict each other, or a time has no time zone.
+    """
+
+    task_id: str
+    """The recurring task that this is a run of: 1 to 255 characters."""
+    attempt: int
+    """1-based number of this run within its task, at most 4294967295."""
+    phase: TaskPhase
+    """The phase the run ended in, or ``RUNNING`` while it is active."""
+    started_at: datetime
+    """When the run started: UTC, to the microsecond."""
+    finished_at: datetime | None = None
+    """When it ended; None exactly while it is active, never before ``started_at``."""
+    error: str | None = None
+    """What went wrong; always None for a run that is active or succeeded."""
+    exit_code: int | None = None
+    """What a shell would show in ``$?``: 128+N for a signal N, 124 for a timeout."""
+    recovered: bool = False
+    """True if the outcome was inferred, not observed."""
+    source: str | None = None
+    """Where the run was recorded: the host, or the name given to a stream."""
+    submission: str | None = None
+    """What ties the attempts of one submission together."""
+    source_attempt: int | None = None
+    """The source's own attempt counter, which may start again at 1."""
+    supervisor_id: int | None = None
+    """Who watches over the run while it is active."""
+
+    def __post_init__(self) -> None:
+        # These hold for every stored run, as constraints of the table; so a reader never trips over them.
+        if not 1 <= self.attempt <= MAX_ATTEMPT:
+            raise ValueError(f"attempt must be 1 to {MAX_ATTEMPT}, not {self.attempt}")
+        if self.phase is TaskPhase.PENDING:
+            raise ValueError("a run is running or has ended, it is never pending")
+        if self.started_at.tzinfo is None or (self.finished_at is not None and self.finished_at.tzinfo is None):
+            raise ValueError("started_at and finished_at must be aware datetimes, such as datetime.now(timezone.utc)")
+        if self.phase.is_active != (self.finished_at is None):
+            raise ValueError(f"a {self.phase} run has {'no' if self.phase.is_active else 'a'} finished_at")
+        if self.finished_at is not None and self.finished_at < self.started_at:
+            raise ValueError("finished_at is before started_at")
+        if self.error is not None and self.phase in (TaskPhase.RUNNING, TaskPhase.SUCCEEDED):
+            raise ValueError(f"a {self.phase} run has no error")
+
+    @classmethod
+    def starting(
+        cls,
+        task_id: str,
+        attempt: int,
+        *,
+        started_at: datetime | None = None,
+        source: str | None = None,
+        submission: str | None = None,
+        source_attempt: int | None = None,
+    ) -> Self:
+        """Return an active run that started now, or at ``started_at``.
+
+        Raises:
+            ValueError: a name, a number or a time is outside its rules.
+            TypeError: an argument has the wrong type.
+        """
+        return cls(
+            task_id=checked_name(task_id, "task id"),
+            attempt=_checked_number(attempt, "attempt", 1, MAX_ATTEMPT),
+            phase=TaskPhase.RUNNING,
+            started_at=in_utc(started_at, "started_at") if started_at is not None else datetime.now(UTC),
+            source=None if source is None else checked_name(source, "source"),
+            submission=None if submission is None else checked_name(submission, "submission"),
+            source_attempt=(
+                None if source_attempt is None else _checked_number(source_attempt, "source_attempt", 0, MAX_ATTEMPT)
+            ),
+        )
+
+    def finish(
+        self,
+        phase: TaskPhase,
+        *,
+        error: str | None = None,
+        exit_code: int | None = None,
+        finished_at: datetime | None = None,
+    ) -> Self:
+        """Return this run, closed. A ``finished_at`` before the start is clamped to it, so no duration is negative.
+
+        Raises:
+            ValueError: ``phase`` is not terminal, or an argument is outside its rules.
+        """
+        outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
+        return replace(
+            self,
+            phase=outcome.phase,
+            error=outcome.error,
+            exit_code=outcome.exit_code,
+            finished_at=max(outcome.finished_at, self.started_at),
+            recovered=False,
+        )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the run is still in progress."""
+        return self.finished_at is None
+
+    @property
+    def duration(self) -> timedelta | None:
+        """How long the run took; None while it is active."""
+        return None if self.finished_at is None else self.finished_at - self.started_at
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the run as a JSON object: camelCase keys, RFC 3339 times in UTC, absent where null."""
+        wire: dict[str, Any] = {
+            "taskId": self.task_id,
+            "attempt": self.attempt,
+            "phase": self.phase.value,
+            "startedAt": rfc3339(self.started_at),
+            "finishedAt": None if self.finished_at is None else rfc3339(self.finished_at),
+            "durationMs": None if self.duration is None else self.duration // timedelta(milliseconds=1),
+            "error": self.error,
+            "exitCode": self.exit_code,
+            "recovered": self.recovered or None,
+            "source": self.source,
+            "submission": self.submission,
+            "sourceAttempt": self.source_attempt,
+        }
+        return {key: value for key, value in wire.items() if value is not None}
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+        """Return the run that a JSON object describes. Unknown keys are ignored.
+
+        Times are RFC 3339, or integer Unix milliseconds.
+
+        Raises:
+            ValueError: a key is missing, or a value is outside its rules.
+            TypeError: a value has the wrong type.
+        """
+        missing = [key for key in ("taskId", "attempt", "phase", "startedAt") if wire.get(key) is None]
+        if missing:
+            raise ValueError(f"the run lacks {', '.join(missing)}")
+        run = cls.starting(
+            wire["taskId"],
+            wire["attempt"],
+            started_at=parse_time(wire["startedAt"], "startedAt"),
+            source=wire.get("source"),
+            submission=wire.get("submission"),
+            source_attempt=wire.get("sourceAttempt"),
+        )
+        phase = checked_phase(wire["phase"])
+        recovered = wire.get("recovered") or False
+        if not isinstance(recovered, bool):
+            raise TypeError(f"recovered must be true or false, not {recovered!r}")
+        finished_at = wire.get("finishedAt")
+        return replace(
+            run,
+            phase=phase,
+            finished_at=None if finished_at is None else parse_time(finished_at, "finishedAt"),
+            error=clean_error(wire.get("error")),
+            exit_code=_checked_exit_code(wire.get("exitCode")),
+            recovered=recovered,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended, as its caller tells it: checked, cleaned and bounded."""
+
+    phase: TaskPhase
+    error: str | None
+    exit_code: int | None
+    finished_at: datetime
+
+    @classmethod
+    def of(
+        cls, phase: TaskPhase, *, error: str | None, exit_code: int | None, finished_at: datetime | None
+    ) -> "Outcome":
+        """Check what a caller tells of an end; now is the default of ``finished_at``."""
+        phase = checked_phase(phase)
+        if phase.is_active:
+            raise ValueError(f"a run cannot end as {phase}")
+        error = clean_error(error)
+        if phase is TaskPhase.SUCCEEDED and error is not None:
+            raise ValueError("a succeeded run has no error")
+        moment = in_utc(finished_at, "finished_at") if finished_at is not None else datetime.now(UTC)
+        return cls(phase, error, _checked_exit_code(exit_code), moment)
+
+    def is_that_of(self, run: TaskRun) -> bool:
+        """Whether ``run`` ended just so. When it ended is not compared."""
+        return (self.phase, self.error, self.exit_code) == (run.phase, run.error, run.exit_code)
+
+    def is_within(self, run: TaskRun) -> bool:
+        """Whether ``run`` may be what this outcome has made of a lower one: told in part by this, in part before."""
+        return self.phase is run.phase and self.error in (None, run.error) and self.exit_code in (None, run.exit_code)
+
+
+def checked_phase(value: str) -> TaskPhase:
+    """Return the phase that ``value`` names."""
+    try:
+        return TaskPhase(value)
+    except ValueError:
+        raise ValueError(f"no such phase: {value!r}; the phases are {', '.join(TaskPhase)}") from None
+
+
+def checked_name(value: str, what: str) -> str:
+    """Return ``value`` if it can name a task, a source or a submission.
+
+    White space at an end is refused because MariaDB pads it away when it compares keys.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"a {what} is a string, not {type(value).__name__}")
+    if not 1 <= len(value) <= MAX_NAME_LENGTH:
+        raise ValueError(f"a {what} has 1 to {MAX_NAME_LENGTH} characters, not {len(value)}")
+    if value != value.strip():
+        raise ValueError(f"a {what} has no white space at its ends: {value!r}")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ValueError(f"a {what} has no control characters and is valid Unicode: {value!r}")
+    return value
+
+
+def _checked_number(value: int, what: str, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{what} is a whole number, not {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{what} must be {low} to {high}, not {value}")
+    return value
+
+
+def _checked_exit_code(value: int | None) -> int | None:
+    return None if value is None else _checked_number(value, "exit_code", -(2**31), 2**31 - 1)
+
+
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL refuses NUL, no encoding has lone surrogates
+
+# The password of a URL: up to the last "@" before the path, else (an unescaped "/" in it) up to the next "@", unless
+# what stands there is a port. The lengths are bounded so that hostile text costs no more than linear time.
+_URL_PASSWORD = re.compile(r"(://[^\s/:@]{0,256}):(?:[^\s/]{1,512}@|(?!\d+[/?#])[^\s@]{1,512}@)")
+
+
+def clean_error(text: str | None) -> str | None:
+    """Return an error as it is stored: what no database holds replaced, URL passwords masked, bounded.
+
+    The result is None for an empty text, and cleaning a cleaned text changes nothing.
+    """
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise TypeError(f"error is a string, not {type(text).__name__}")
+    text = _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+    text = _URL_PASSWORD.sub(r"\1:***@", text)
+    if len(text) * 4 > MAX_ERROR_BYTES:  # a character has at most four bytes, so a short text needs no encoding
+        encoded = text.encode()
+        if len(encoded) > MAX_ERROR_BYTES:
+            mark = f"\n[... {len(encoded) - MAX_ERROR_BYTES} or more bytes cut ...]\n"
+            head = encoded[:_ERROR_HEAD_BYTES].decode(errors="ignore")
+            tail = encoded[len(mark) + _ERROR_HEAD_BYTES - MAX_ERROR_BYTES :].decode(errors="ignore")
+            text = head + mark + tail
+    return text or None
+
+
+def in_utc(value: datetime, what: str) -> datetime:
+    """Return an aware time in UTC; a naive one is refused, since nobody knows which moment it means."""
+    if not isinstance(value, datetime):
+        raise TypeError(f"{what} is a datetime, not {type(value).__name__}")
+    if value.utcoffset() is None:
+        raise ValueError(f"{what} must be an aware datetime, such as datetime.now(timezone.utc), not {value!r}")
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{what} is out of range: {value!r}") from None
+
+
+def rfc3339(value: datetime) -> str:
+    """Return an aware time as RFC 3339 in UTC, always with six fraction digits and ``Z``."""
+    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
+
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+_FIRST_CREDIBLE_MS = 100_000_000_000
+"""1973 as milliseconds, the year 5138 as seconds: a smaller integer was meant as seconds."""
+
+
+def parse_time(value: str | int, what: str = "a time") -> datetime:
+    """Return the moment that RFC 3339 text or integer Unix milliseconds name. Both exist in the wild."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < _FIRST_CREDIBLE_MS:
+            raise ValueError(f"{what} must be in milliseconds since 1970; {value} can only be seconds")
+        try:
+            return datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=value)
+        except OverflowError:
+            raise ValueError(f"{what} is out of range: {value}") from None
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is RFC 3339 text or integer Unix milliseconds, not {value!r}")
+    if not _RFC3339.fullmatch(value):
+        raise ValueError(f"{what} is not an RFC 3339 time with its offset, such as 2026-11-24T15:04:05Z: {value!r}")
+    try:
+        return in_utc(datetime.fromisoformat(value.upper()), what)
+    except ValueError as error:
+        raise ValueError(f"{what} is not a time: {value!r} ({error})") from None

@@ -1,0 +1,33 @@
+"""The same table for users of the ORM, to join runs with their own models."""
+
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from sqlalchemy.orm import DeclarativeBase, Mapped
+
+from taskruns import schema
+from taskruns.model import TaskPhase
+
+
+class _Base(DeclarativeBase):
+    metadata = schema.metadata
+
+
+class TaskRunRow(_Base):
+    """A row of ``task_runs``; its fields are those of :class:`taskruns.TaskRun`."""
+
+    __table__ = schema.task_runs
+
+    if TYPE_CHECKING:
+        task_id: Mapped[str]
+        attempt: Mapped[int]
+        phase: Mapped[TaskPhase]
+        started_at: Mapped[datetime]
+        finished_at: Mapped[datetime | None]
+        error: Mapped[str | None]
+        exit_code: Mapped[int | None]
+        recovered: Mapped[bool]
+        source: Mapped[str | None]
+        submission: Mapped[str | None]
+        source_attempt: Mapped[int | None]
+        supervisor_id: Mapped[int | None]

@@ -1,0 +1,233 @@
+"""What happens around a recorded piece of code: its handle, its outcome, and the rule that recording never breaks it."""
+
+import asyncio
+import inspect
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial, wraps
+from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from taskruns.errors import SchemaVersionError
+from taskruns.model import TaskPhase, TaskRun, checked_phase
+
+OnError = Literal["warn", "raise"]
+"""What to do when a run cannot be recorded: log it and go on, or raise."""
+
+PAUSE = 30.0
+"""Seconds without a new try after the database could not be used."""
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_log = logging.getLogger("taskruns")
+
+
+def checked_on_error(value: OnError) -> OnError:
+    """Return ``value`` if it says what to do with an error."""
+    if value not in get_args(OnError):
+        raise ValueError(f"on_error is one of {', '.join(get_args(OnError))}, not {value!r}")
+    return value
+
+
+@dataclass(slots=True)
+class RecordedRun:
+    """The handle of a run that is being recorded. What is set here is stored when the run closes.
+
+    An ``error``, or an ``exit_code`` other than 0, makes it failed unless ``phase`` says otherwise.
+    """
+
+    run: TaskRun | None = None
+    """The stored run; None if it could not be recorded."""
+    phase: TaskPhase | None = None
+    """The outcome, where it is not to be inferred."""
+    error: str | None = None
+    """What went wrong; for an exception its text is the default."""
+    exit_code: int | None = None
+    """An exit code, such as that of a process that was run."""
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    """When the recorded code began."""
+    _clock: float = field(default_factory=time.monotonic)
+
+    @property
+    def attempt(self) -> int | None:
+        """The run's number; None if it could not be recorded."""
+        return None if self.run is None else self.run.attempt
+
+    def outcome(self, exception: BaseException | None) -> dict[str, Any]:
+        """Return how the code ended, as the arguments of ``close_run``; the duration is the monotonic clock's."""
+        finished_at = self.started_at + timedelta(seconds=time.monotonic() - self._clock)
+        phase, error, exit_code = _judge(exception)
+        error = self.error if self.error is not None else error
+        exit_code = self.exit_code if self.exit_code is not None else exit_code
+        if self.phase is not None and not (exception is not None and self.phase == TaskPhase.SUCCEEDED):
+            phase = checked_phase(self.phase)
+        elif phase is TaskPhase.SUCCEEDED and (error or exit_code):
+            phase = TaskPhase.FAILED
+        if phase is TaskPhase.SUCCEEDED:
+            error = None
+        return {"phase": phase, "error": error, "exit_code": exit_code, "finished_at": finished_at}
+
+
+def _judge(exception: BaseException | None) -> tuple[TaskPhase, str | None, int | None]:
+    if exception is None:
+        return TaskPhase.SUCCEEDED, None, None
+    text = "".join(traceback.format_exception_only(exception)).strip()
+    if isinstance(exception, SystemExit):
+        return _judge_exit(exception.code)
+    if isinstance(exception, KeyboardInterrupt | asyncio.CancelledError | GeneratorExit):
+        return TaskPhase.CANCELED, text, None
+    if isinstance(exception, TimeoutError):
+        return TaskPhase.TIMEOUT, text, None
+    return TaskPhase.FAILED, text, None
+
+
+def _judge_exit(code: object) -> tuple[TaskPhase, str | None, int | None]:
+    """Read what ``sys.exit`` was given, as a shell would see it."""
+    if code is None:
+        return TaskPhase.SUCCEEDED, None, 0
+    if not isinstance(code, int):
+        return TaskPhase.FAILED, str(code), 1
+    status = code & 0xFF
+    return (TaskPhase.FAILED, f"exited with status {status}", status) if status else (TaskPhase.SUCCEEDED, None, 0)
+
+
+class Outage:
+    """Whether the database can be used at present, as far as is known: it is asked again after a pause."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._is_said = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a try would come too soon after a failure."""
+        return time.monotonic() < self._until
+
+    @contextmanager
+    def tolerated(self, task_id: str, on_error: OnError) -> Iterator[None]:
+        """Log what goes wrong inside instead of raising it, unless ``on_error`` says to raise."""
+        try:
+            yield
+        except Exception as error:
+            if on_error == "raise":
+                raise
+            self._log(task_id, error)
+        else:
+            self._until, self._is_said = 0.0, False
+
+    def _log(self, task_id: str, error: Exception) -> None:
+        if not isinstance(error, SQLAlchemyError | SchemaVersionError | OSError):
+            _log.warning("a run of task %r is not recorded as it should be: %s", task_id, error)
+            return
+        self._until = time.monotonic() + PAUSE
+        if not self._is_said:  # once while the database stays out of use
+            self._is_said = True
+            _log.warning("runs are not recorded at present, beginning with task %r: %s", task_id, cause_of(error))
+
+
+class Recording:
+    """Records what runs inside it: a context manager, also a decorator for functions and coroutine functions."""
+
+    def __init__(
+        self, begin: Callable[[], RecordedRun], end: Callable[[RecordedRun, BaseException | None], None]
+    ) -> None:
+        self._begin, self._end = begin, end
+        self._handles: list[RecordedRun] = []
+
+    def __enter__(self) -> RecordedRun:
+        handle = self._begin()
+        self._handles.append(handle)
+        return handle
+
+    def __exit__(self, _type: object, exception: BaseException | None, _traceback: object) -> None:
+        self._end(self._handles.pop(), exception)
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        if inspect.iscoroutinefunction(function):
+            # Off the event loop's thread: a database that is busy must not hold up the other tasks.
+            beside = AsyncRecording(partial(asyncio.to_thread, self._begin), partial(asyncio.to_thread, self._end))
+            return cast(Callable[P, T], beside(function))
+        _refuse_generator(function)
+
+        @wraps(function)
+        def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
+            with Recording(self._begin, self._end):
+                return function(*args, **kwargs)
+
+        return recorded
+
+
+class AsyncRecording:
+    """Records what runs inside it: an asynchronous context manager, also a decorator for coroutine functions."""
+
+    def __init__(
+        self,
+        begin: Callable[[], Awaitable[RecordedRun]],
+        end: Callable[[RecordedRun, BaseException | None], Awaitable[None]],
+    ) -> None:
+        self._begin, self._end = begin, end
+        self._handles: list[RecordedRun] = []
+
+    async def __aenter__(self) -> RecordedRun:
+        opening = asyncio.ensure_future(self._begin())
+        try:
+            handle = await asyncio.shield(opening)
+        except asyncio.CancelledError as cancelation:
+            # The start may be on its way to the database already; it must not stay there as running.
+            await _to_its_end(_ended_at_once(opening, self._end, cancelation))
+            raise
+        self._handles.append(handle)
+        return handle
+
+    async def __aexit__(self, _type: object, exception: BaseException | None, _traceback: object) -> None:
+        await _to_its_end(self._end(self._handles.pop(), exception))
+
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        _refuse_generator(function)
+        if not inspect.iscoroutinefunction(function):
+            raise TypeError(f"an asynchronous history records coroutine functions, and {function!r} is none")
+
+        @wraps(function)
+        async def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
+            async with AsyncRecording(self._begin, self._end):
+                return await function(*args, **kwargs)
+
+        return recorded
+
+
+async def _ended_at_once(
+    opening: "asyncio.Future[RecordedRun]",
+    end: Callable[[RecordedRun, BaseException | None], Awaitable[None]],
+    cancelation: asyncio.CancelledError,
+) -> None:
+    await asyncio.wait([opening])
+    if not opening.cancelled() and opening.exception() is None:
+        await end(opening.result(), cancelation)
+
+
+async def _to_its_end(work: Awaitable[None]) -> None:
+    """Wait for ``work``; a cancelation of the waiter comes through only after it is done."""
+    running = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+def _refuse_generator(function: Callable[..., Any]) -> None:
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"a generator cannot be recorded as a function; use `with record(...)` inside {function!r}")
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the first line of what a database said, without the statement and its values."""
+    text = str(getattr(error, "orig", None) or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,153 @@
+"""The table of the runs: columns, constraints and indexes. ``migrations/`` builds the same."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Enum,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    false,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from taskruns.model import MAX_ATTEMPT, MAX_NAME_LENGTH, TaskPhase, in_utc
+
+SCHEMA_VERSION = "1_0001"
+"""The oldest revision this code works with, as MAJOR_NUMBER. Within a major, migrations only add."""
+
+VERSION_TABLE = "taskruns_version"
+"""Where Alembic keeps the revision; its own name, so that a host's ``alembic_version`` is left alone."""
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware datetime, stored in UTC to the microsecond; a naive one is refused.
+
+    SQLite keeps text that sorts by time, MariaDB DATETIME(6), PostgreSQL timestamptz.
+    """
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[datetime]:
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        value = in_utc(value, "a stored time")
+        return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _name() -> String:
+    return String(MAX_NAME_LENGTH)
+
+
+task_runs = Table(
+    "task_runs",
+    metadata,
+    Column(
+        "task_id",
+        # Byte order everywhere: the same order on all databases, and prefixes can use the key.
+        _name().with_variant(String(MAX_NAME_LENGTH, collation="C"), "postgresql"),
+        nullable=False,
+        comment="The recurring task; compared byte for byte",
+    ),
+    Column(
+        "attempt",
+        BigInteger,
+        autoincrement=False,
+        nullable=False,
+        comment="Number of the run within its task, from 1 to 4294967295",
+    ),
+    Column(
+        "phase",
+        Enum(
+            TaskPhase,
+            native_enum=False,
+            create_constraint=False,
+            length=16,
+            values_callable=lambda phases: [phase.value for phase in phases],
+        ),
+        nullable=False,
+        comment="running while active, else succeeded, failed, timeout, canceled or exhausted",
+    ),
+    Column("started_at", UTCDateTime, nullable=False, comment="When the run started, UTC"),
+    Column("finished_at", UTCDateTime, comment="When the run ended, UTC; null exactly while it is active"),
+    Column(
+        "error",
+        Text().with_variant(mysql.MEDIUMTEXT(), "mysql", "mariadb"),
+        comment="What went wrong; null for a run that is active or succeeded",
+    ),
+    Column("exit_code", Integer, comment="What a shell would show in $?: 128+N for signal N, 124 for a timeout"),
+    Column(
+        "recovered",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="Whether the outcome was inferred, not observed",
+    ),
+    Column("source", _name(), comment="The host, or the name given to a stream"),
+    Column("submission", _name(), comment="What ties the attempts of one submission together"),
+    Column("source_attempt", BigInteger, comment="The own attempt counter of the source"),
+    Column("supervisor_id", BigInteger, comment="Who watches over the run while it is active"),
+    PrimaryKeyConstraint("task_id", "attempt"),
+    CheckConstraint(f"attempt BETWEEN 1 AND {MAX_ATTEMPT}", "attempt"),
+    CheckConstraint("phase IN ('running', 'succeeded', 'failed', 'timeout', 'canceled', 'exhausted')", "phase"),
+    CheckConstraint("(phase = 'running') = (finished_at IS NULL)", "active"),
+    CheckConstraint("finished_at >= started_at", "times"),
+    CheckConstraint("error IS NULL OR phase NOT IN ('running', 'succeeded')", "error"),
+    comment="One row for every attempt of every task",
+    sqlite_with_rowid=False,
+    # A server may default to latin1 and to a collation that knows no case.
+    mysql_charset="utf8mb4",
+    mysql_collate="utf8mb4_bin",
+    mariadb_charset="utf8mb4",
+    mariadb_collate="utf8mb4_bin",
+)
+
+
+def _is_ours(name: str | None, kind: str, _parents: object) -> bool:
+    return kind != "table" or name in metadata.tables
+
+
+def _differs(  # Alembic's signature
+    _context: object, _column: object, _metadata_column: object, found: str | None, _default: object, known: str | None
+) -> bool | None:
+    """Tell Alembic that MariaDB's 0 is the ``false`` it was given; None leaves the question to Alembic."""
+    return False if (found, known) == ("0", "false") else None
+
+
+COMPARISON: dict[str, Any] = {
+    "version_table": VERSION_TABLE,
+    "include_name": _is_ours,  # the database may be a host application's: the rest of it is none of our business
+    "compare_server_default": _differs,
+    "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
+}
+"""How Alembic compares a database with :data:`metadata`."""

@@ -1,0 +1,200 @@
+"""Every query of the library, as pure functions from arguments to SQLAlchemy statements.
+
+Those of the write path take their values as bound parameters, so each is built once per database.
+"""
+
+from collections.abc import Collection
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    Insert,
+    Select,
+    Update,
+    and_,
+    bindparam,
+    case,
+    column,
+    exists,
+    false,
+    func,
+    insert,
+    literal,
+    literal_column,
+    not_,
+    or_,
+    select,
+    table,
+    true,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from taskruns.model import MAX_ATTEMPT, TaskPhase
+from taskruns.schema import task_runs
+
+_T = task_runs
+_C = task_runs.c
+_KEY = [_C.task_id, _C.attempt]
+_GIVEN = ("task_id", "started_at", "source", "submission", "source_attempt")
+
+COLUMNS = tuple(_T.columns)
+
+# The names differ from the columns' own, which an UPDATE keeps for the values it sets.
+_THE_RUN = (
+    _C.task_id == bindparam("of_task", type_=_C.task_id.type),
+    _C.attempt == bindparam("of_attempt", type_=_C.attempt.type),
+)
+
+
+def _bind(name: str) -> Any:
+    """Return a bound parameter of a column's own type."""
+    return bindparam(name, type_=_C[name].type)
+
+
+@cache
+def open_run(dialect: str, *, numbered: bool, returning: bool) -> Insert:
+    """Insert an active run and return its attempt; nothing is inserted if another run has its number, or none is left.
+
+    Not ``numbered``: the number is the task's last one plus one, found by the same statement.
+    On MariaDB and MySQL, which lack ON CONFLICT, the taken number is an error instead.
+    """
+    attempt = _bind("attempt") if numbered else func.coalesce(func.max(_C.attempt), 0) + 1
+    values = select(
+        *(_bind(name) for name in _GIVEN), attempt, literal_column("'running'", type_=_C.phase.type).label("phase")
+    )
+    # SQLite needs a WHERE before ON CONFLICT, to tell it from the ON of a join.
+    if numbered:
+        values = values.where(true())
+    else:
+        values = values.where(_C.task_id == _bind("task_id")).having(
+            func.coalesce(func.max(_C.attempt), 0) < MAX_ATTEMPT
+        )
+    columns = [*_GIVEN, "attempt", "phase"]
+    insertion: Insert
+    if dialect == "postgresql":
+        insertion = postgresql.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=_KEY)
+    elif dialect == "sqlite":
+        insertion = sqlite.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=_KEY)
+    else:
+        insertion = insert(_T).from_select(columns, values)
+    return insertion.returning(_C.attempt) if returning else insertion
+
+
+@cache
+def find_start() -> Select[Any]:
+    """Select the run that a start with this time and source has opened."""
+    return (
+        select(*COLUMNS)
+        .where(
+            _C.task_id == _bind("task_id"),
+            _C.started_at == _bind("started_at"),
+            _C.source.is_not_distinct_from(_bind("source")),
+        )
+        .order_by(_C.attempt.desc())
+        .limit(1)
+    )
+
+
+@cache
+def close_run(*, returning: bool) -> Update:
+    """Close a run that is active, or whose outcome was only inferred."""
+    finished_at = bindparam("end", type_=_C.finished_at.type)
+    closing = (
+        update(_T)
+        .where(*_THE_RUN, or_(_C.finished_at.is_(None), _C.recovered))
+        .values(
+            phase=bindparam("to", type_=_C.phase.type),
+            finished_at=case((_C.started_at > finished_at, _C.started_at), else_=finished_at),
+            error=bindparam("why", type_=_C.error.type),
+            exit_code=bindparam("code", type_=_C.exit_code.type),
+            recovered=false(),
+        )
+    )
+    return closing.returning(*COLUMNS) if returning else closing
+
+
+@cache
+def refine_run(phase: TaskPhase) -> Update:
+    """Raise the outcome of a run that ended with a lower rank: failed < exhausted < timeout."""
+    why, code = bindparam("why", type_=_C.error.type), bindparam("code", type_=_C.exit_code.type)
+    if phase is TaskPhase.EXHAUSTED:
+        lower, error, exit_code = [TaskPhase.FAILED], func.coalesce(_C.error, why), func.coalesce(_C.exit_code, code)
+    else:
+        lower = [TaskPhase.FAILED, TaskPhase.EXHAUSTED]
+        error, exit_code = func.coalesce(why, _C.error), func.coalesce(code, _C.exit_code)
+    refining = update(_T).where(*_THE_RUN, _C.phase.in_(lower), not_(_C.recovered))
+    return refining.values(phase=literal(phase, _C.phase.type), error=error, exit_code=exit_code)
+
+
+@cache
+def get_run() -> Select[Any]:
+    """Select a run by its key."""
+    return select(*COLUMNS).where(*_THE_RUN)
+
+
+def runs(
+    task_id: str, *, phases: Collection[TaskPhase] | None = None, limit: int | None = None, before: int | None = None
+) -> Select[Any]:
+    """Select a task's runs, newest attempt first, those with a lower number than ``before``."""
+    query = select(*COLUMNS).where(_C.task_id == task_id).order_by(_C.attempt.desc())
+    if phases is not None:
+        query = query.where(_C.phase.in_(phases))
+    if before is not None:
+        query = query.where(_C.attempt < before)
+    return query if limit is None else query.limit(limit)
+
+
+def active_runs(task_id: str | None = None) -> Select[Any]:
+    """Select the active runs, of one task or of all, in the order they started."""
+    query = select(*COLUMNS).where(_C.finished_at.is_(None)).order_by(_C.started_at, *_KEY)
+    return query if task_id is None else query.where(_C.task_id == task_id)
+
+
+def tasks(*, walk: bool, lateral: bool = False, limit: int | None = None, after: str | None = None) -> Select[Any]:
+    """Select the latest run of every task, in the order of the task ids, those greater than ``after``.
+
+    ``walk`` steps from one task id to the next through the primary key, which costs time by the number of tasks, not
+    of runs: the form for SQLite and, with ``lateral``, PostgreSQL. The other form groups: MariaDB does that as a walk
+    of its own (and the recursion a hundred times slower), and Citus knows no recursion over all tasks.
+    """
+    latest = _walked(lateral, limit, after) if walk else _grouped(limit, after)
+    return latest.order_by(latest.selected_columns.task_id)
+
+
+def _walked(lateral: bool, limit: int | None, after: str | None) -> Select[Any]:
+    first, following, newest = _T.alias("first"), _T.alias("following"), _T.alias("newest")
+    start = select(func.min(first.c.task_id).label("task_id"), literal(1).label("n"))
+    if after is not None:
+        start = start.where(first.c.task_id > after)
+    ids = start.cte("ids", recursive=True)
+    previous = ids.alias("previous")
+    step = select(func.min(following.c.task_id)).where(following.c.task_id > previous.c.task_id)
+    walk = select(step.correlate(previous).scalar_subquery(), previous.c.n + 1).where(previous.c.task_id.is_not(None))
+    if limit is not None:  # here, not outside: an ORDER BY there would have the whole walk done first
+        walk = walk.where(previous.c.n < limit)
+    ids = ids.union_all(walk)
+    if lateral:
+        newest_run = select(_T).where(_C.task_id == ids.c.task_id).order_by(_C.attempt.desc()).limit(1)
+        run = newest_run.correlate(ids).lateral("run")
+        return select(*(run.c[column.name] for column in COLUMNS)).select_from(ids.join(run, true()))
+    attempt = (
+        select(func.max(newest.c.attempt)).where(newest.c.task_id == ids.c.task_id).correlate(ids).scalar_subquery()
+    )
+    return select(*COLUMNS).select_from(ids.join(_T, and_(_C.task_id == ids.c.task_id, _C.attempt == attempt)))
+
+
+def _grouped(limit: int | None, after: str | None) -> Select[Any]:
+    newest = _T.alias("newest")
+    last = select(newest.c.task_id, func.max(newest.c.attempt).label("attempt")).group_by(newest.c.task_id)
+    if after is not None:
+        last = last.where(newest.c.task_id > after)
+    if limit is not None:
+        last = last.order_by(newest.c.task_id).limit(limit)
+    key = last.subquery("last")
+    return select(*COLUMNS).join(key, and_(_C.task_id == key.c.task_id, _C.attempt == key.c.attempt))
+
+
+def citus() -> Select[Any]:
+    """Select whether this PostgreSQL is Citus."""
+    return select(exists().where(column("extname") == "citus").select_from(table("pg_extension")))
