@@ -150,6 +150,10 @@ class AsyncTaskRunHistory:
         finally:
             migrate.lock.release()
 
+    async def check_version(self) -> None:
+        """Check that the database's tables suit this code: see :meth:`taskruns.TaskRunHistory.check_version`."""
+        await self._call(lambda _connection, _again: None)
+
     @asynccontextmanager
     async def begin(self, *, lock: str | None = None) -> AsyncIterator[AsyncTaskRunRepository]:
         """Make one transaction of several calls: see :meth:`taskruns.TaskRunHistory.begin`."""

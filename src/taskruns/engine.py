@@ -276,7 +276,7 @@ def retry_policy(seconds: float) -> dict[str, Any]:
     return {
         "retry": tenacity.retry_if_exception(is_transient),
         "stop": tenacity.stop_after_delay(seconds),
-        "wait": tenacity.wait_random_exponential(multiplier=0.02, max=1),
+        "wait": tenacity.wait_random_exponential(multiplier=0.02, max=5),
         "reraise": True,
     }
 

@@ -80,6 +80,14 @@ class TaskRunHistory:
         """Create the tables, or bring them to this version."""
         migrate.upgrade(self._engine)
 
+    def check_version(self) -> None:
+        """Check that the database's tables suit this code; every other call does it too, once.
+
+        Raises:
+            SchemaVersionError: they are missing, too old, or of another major version.
+        """
+        self._call(lambda _connection, _again: None)
+
     @contextmanager
     def begin(self, *, lock: str | None = None) -> Iterator[TaskRunRepository]:
         """Make one transaction of several calls, committed at the end or rolled back by an exception.
@@ -152,7 +160,7 @@ class TaskRunHistory:
     def record(
         self, task_id: str, *, source: str | None = None, submission: str | None = None, on_error: OnError = "warn"
     ) -> Recording:
-        """Record what runs inside ``with history.record(task_id) as run:``, or a function, as ``@history.record(task_id)``.
+        """Record what runs inside ``with history.record(task_id):``, or a function, by ``@history.record(task_id)``.
 
         The run ends as succeeded; by an exception as failed, with its text as the error; as timeout on TimeoutError,
         as canceled on KeyboardInterrupt and CancelledError, by its code on SystemExit. The exception goes on.
@@ -192,7 +200,8 @@ class TaskRunHistory:
                 raise
         from tenacity import Retrying  # noqa: PLC0415  (only where something went wrong)
 
-        return Retrying(**engine.retry_policy(self._retry_for))(self._call_once, operation, again=True)
+        again: T = Retrying(**engine.retry_policy(self._retry_for))(self._call_once, operation, again=True)
+        return again
 
     def _call_once(self, operation: Operation[T], *, again: bool) -> T:
         with self._engine.connect() as connection:

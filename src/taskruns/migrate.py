@@ -6,7 +6,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sqlalchemy import URL, Connection, Engine, column, inspect, select, table
+from sqlalchemy import URL, Connection, Engine, Select, column, inspect, select, table
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from taskruns.errors import SchemaVersionError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 lock = threading.Lock()
 """Alembic's context is global to the process: two migrations at once, even of two databases, break each other."""
 
-_CURRENT = select(column("version_num")).select_from(table(VERSION_TABLE))
+_CURRENT: Select[Any] = select(column("version_num")).select_from(table(VERSION_TABLE))
 
 
 def upgrade(engine: Engine) -> None:
@@ -39,12 +39,13 @@ def upgrade_connection(connection: Connection) -> None:
 def current(connection: Connection) -> str | None:
     """Return the version of the database's tables; None if it has none."""
     try:
-        return connection.execute(_CURRENT).scalar()
+        version: str | None = connection.execute(_CURRENT).scalar()
     except (OperationalError, ProgrammingError):
         connection.rollback()
         if inspect(connection).has_table(VERSION_TABLE):
             raise
         return None
+    return version
 
 
 def suits(found: str | None) -> bool:

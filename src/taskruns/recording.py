@@ -1,4 +1,4 @@
-"""What happens around a recorded piece of code: its handle, its outcome, and the rule that recording never breaks it."""
+"""What happens around recorded code: its handle, its outcome, and the rule that recording never breaks it."""
 
 import asyncio
 import inspect
@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -150,10 +150,10 @@ class Recording:
         self._end(self._handles.pop(), exception)
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Return the function, recorded at each call."""
         if inspect.iscoroutinefunction(function):
             # Off the event loop's thread: a database that is busy must not hold up the other tasks.
-            beside = AsyncRecording(partial(asyncio.to_thread, self._begin), partial(asyncio.to_thread, self._end))
-            return cast(Callable[P, T], beside(function))
+            return cast(Callable[P, T], AsyncRecording(self._begin_beside, self._end_beside)(function))
         _refuse_generator(function)
 
         @wraps(function)
@@ -162,6 +162,12 @@ class Recording:
                 return function(*args, **kwargs)
 
         return recorded
+
+    async def _begin_beside(self) -> RecordedRun:
+        return await asyncio.to_thread(self._begin)
+
+    async def _end_beside(self, handle: RecordedRun, exception: BaseException | None) -> None:
+        await asyncio.to_thread(self._end, handle, exception)
 
 
 class AsyncRecording:
@@ -190,6 +196,7 @@ class AsyncRecording:
         await _to_its_end(self._end(self._handles.pop(), exception))
 
     def __call__(self, function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Return the coroutine function, recorded at each call."""
         _refuse_generator(function)
         if not inspect.iscoroutinefunction(function):
             raise TypeError(f"an asynchronous history records coroutine functions, and {function!r} is none")

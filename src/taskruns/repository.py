@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from taskruns import engine, statements
 from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
-from taskruns.model import Outcome, TaskPhase, TaskRun, checked_phase
+from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_phase
 
 Phases = TaskPhase | Iterable[TaskPhase] | None
 """A phase, several, or None for all."""
@@ -39,6 +39,7 @@ class Start:
         submission: str | None,
         source_attempt: int | None,
     ) -> "Start":
+        """Check what a caller tells of a start."""
         run = TaskRun.starting(
             task_id,
             1 if attempt is None else attempt,
@@ -50,6 +51,7 @@ class Start:
         return cls(run, attempt is not None)
 
     def parameters(self) -> dict[str, Any]:
+        """Return the values of the statements that concern a start."""
         run = self.run
         return {
             "task_id": run.task_id,
@@ -216,7 +218,7 @@ class TaskRunRepository:
         """
         if limit < 1:
             raise ValueError(f"limit must be 1 or more, not {limit}")
-        if after is not None and not (after.isascii() and after.isdecimal() and len(after) <= 10):
+        if after is not None and not (after.isascii() and after.isdecimal() and int(after) <= MAX_ATTEMPT):
             raise ValueError(f"not a cursor of a page of runs: {after!r}")
         before = None if after is None else int(after)
         found = self._runs(statements.runs(task_id, phases=_phases(phases), limit=limit + 1, before=before))
@@ -278,4 +280,4 @@ def _phases(phases: Phases) -> tuple[TaskPhase, ...] | None:
 
 
 def _run(row: Row[Any]) -> TaskRun:
-    return TaskRun(*row)
+    return TaskRun(*tuple(row))

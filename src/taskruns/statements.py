@@ -158,11 +158,11 @@ def tasks(*, walk: bool, lateral: bool = False, limit: int | None = None, after:
     of runs: the form for SQLite and, with ``lateral``, PostgreSQL. The other form groups: MariaDB does that as a walk
     of its own (and the recursion a hundred times slower), and Citus knows no recursion over all tasks.
     """
-    latest = _walked(lateral, limit, after) if walk else _grouped(limit, after)
+    latest = _walked(limit, after, lateral=lateral) if walk else _grouped(limit, after)
     return latest.order_by(latest.selected_columns.task_id)
 
 
-def _walked(lateral: bool, limit: int | None, after: str | None) -> Select[Any]:
+def _walked(limit: int | None, after: str | None, *, lateral: bool) -> Select[Any]:
     first, following, newest = _T.alias("first"), _T.alias("following"), _T.alias("newest")
     start = select(func.min(first.c.task_id).label("task_id"), literal(1).label("n"))
     if after is not None:

@@ -1,0 +1,5 @@
+"""``python -m taskruns`` is ``taskruns``."""
+
+from taskruns.cli import main
+
+main()

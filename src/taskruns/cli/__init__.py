@@ -1,0 +1,97 @@
+"""The command line. Each command's module is imported when the command is used."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+import click
+
+_COMMANDS = {
+    "exec": "exec",
+    "runs": "queries",
+    "show": "queries",
+    "tasks": "queries",
+    "active": "queries",
+    "last": "queries",
+    "db": "db",
+    "completion": "completion",
+}
+
+EXEC_USAGE = 125
+"""Wrong usage under ``exec``, whose other statuses are the command's: the convention of timeout(1)."""
+
+
+class _Commands(click.Group):
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command = getattr(import_module(f"taskruns.cli.{_COMMANDS[name]}"), f"{name}_command")
+        assert isinstance(command, click.Command)  # noqa: S101
+        return command
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--db", metavar="URL", help="The database; else TASKRUNS_DB, a configuration file, or a file of your own."
+)
+@click.version_option(version("taskruns"), prog_name="taskruns")
+@click.pass_context
+def cli(context: click.Context, db: str | None) -> None:
+    """The flight recorder for tasks: keeps every attempt of every task."""
+    context.obj = db
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit status: 1 says no, 2 says that it could not be done."""
+    try:
+        status = cli.main(list(arguments), prog_name="taskruns", standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        context = error.ctx
+        path = context.command_path if context is not None else "taskruns"
+        complain(f"{error.format_message()} (see `{path} --help`)")
+        return EXEC_USAGE if path.split()[1:2] == ["exec"] else 2
+    except click.ClickException as error:
+        complain(error.format_message())
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        return 141
+    except Exception as error:
+        advice = _advice(error)
+        if advice is None:
+            raise
+        complain(advice)
+        return 2
+    return int(status or 0)
+
+
+def complain(line: str) -> None:
+    """Say something to the user that is not the result."""
+    click.echo(f"taskruns: {line}", err=True)
+
+
+def _advice(error: Exception) -> str | None:
+    """Return the line that tells what is wrong; None if it is a fault of this program."""
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415  (known by now, if it is such an error)
+
+    from taskruns.errors import TaskRunsError  # noqa: PLC0415
+    from taskruns.recording import cause_of  # noqa: PLC0415
+
+    if isinstance(error, SQLAlchemyError):
+        return f"the database cannot be used: {cause_of(error)}"
+    if isinstance(error, TaskRunsError | ModuleNotFoundError | OSError):
+        return str(error)
+    return None

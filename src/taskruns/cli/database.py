@@ -1,0 +1,119 @@
+"""Which database is meant, and opening it for a command."""
+
+import os
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from platformdirs import user_data_path
+from sqlalchemy import URL
+
+from taskruns import engine
+from taskruns.errors import SchemaVersionError
+from taskruns.history import TaskRunHistory
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SYSTEM_CONFIG = Path("/etc/taskruns.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """A database and what names it."""
+
+    url: URL
+    named_by: str
+
+    @classmethod
+    def find(cls, option: str | None) -> "Database":
+        """Return the database that is meant: the option, else TASKRUNS_DB, a configuration file, the default file.
+
+        Never a file in the working directory: cron has none to speak of.
+        """
+        if option:
+            return cls(_parse(option, "--db"), "--db")
+        if variable := os.environ.get("TASKRUNS_DB"):
+            return cls(_parse(variable, "TASKRUNS_DB"), "TASKRUNS_DB")
+        for path in (user_config(), SYSTEM_CONFIG):
+            if (named := _configured(path)) is not None:
+                return cls(_parse(named, str(path)), str(path))
+        default = user_data_path("taskruns") / "taskruns.db"
+        return cls(engine.parse_url(URL.create("sqlite", database=str(default))), "the default")
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is an SQLite database, which needs nobody to set it up."""
+        return self.url.get_backend_name() == "sqlite"
+
+    def __str__(self) -> str:
+        return engine.hide_password(self.url)
+
+    def reading(self) -> TaskRunHistory:
+        """Open the history to read it; nothing is created or changed."""
+        self.require()
+        return TaskRunHistory.connect(self.url, read_only=True)
+
+    def require(self) -> None:
+        """Check that the file of an SQLite database is there."""
+        if engine.is_file(self.url) and not Path(self.url.database or "").is_file():
+            raise click.ClickException(f"no such database: {self.url.database} (named by {self.named_by})")
+
+    def writing(self, **options: Any) -> TaskRunHistory:
+        """Open the history to write; an SQLite database is created and upgraded as needed."""
+        history = TaskRunHistory.connect(self.url, **options)
+        if self.is_embedded:
+            try:
+                history.check_version()
+            except SchemaVersionError:
+                history.upgrade()
+        return history
+
+
+def user_config() -> Path:
+    """Return the path of the user's configuration file."""
+    home = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(home) if home else Path("~/.config").expanduser()) / "taskruns" / "config.toml"
+
+
+def _configured(path: Path) -> str | None:
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        if "db_file" in settings and "db" not in settings:
+            return (path.parent / Path(settings["db_file"]).expanduser()).read_text(encoding="utf-8").strip()
+        named = settings.get("db")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if error.filename != str(path):
+            raise click.ClickException(f"{path}: db_file: {error.strerror}: {error.filename}") from None
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise click.ClickException(f"{path} cannot be read: {error}") from None
+    if named is not None and not isinstance(named, str):
+        raise click.ClickException(f'{path}: db is a text, such as db = "postgresql://host/name"')
+    return named
+
+
+def _parse(named: str, by: str) -> URL:
+    try:
+        if "://" in named:
+            return engine.parse_url(named)
+        return engine.parse_url(URL.create("sqlite", database=str(Path(named).expanduser())))
+    except ValueError as error:
+        raise click.ClickException(f"{by}: {error}") from None
+
+
+def db_option(command: F) -> F:
+    """Let ``--db`` stand after the command's name too."""
+
+    def keep(context: click.Context, _parameter: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            context.find_root().obj = value
+
+    return click.option("--db", metavar="URL", expose_value=False, callback=keep, help="The database.")(command)
+
+
+def database() -> Database:
+    """Return the database that the running command means."""
+    return Database.find(click.get_current_context().find_root().obj)

@@ -1,0 +1,59 @@
+"""Spans of time, as people write and read them."""
+
+import math
+import re
+from datetime import timedelta
+from typing import Any
+
+import click
+
+_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(ms|[smhd]?)")
+
+
+class Duration(click.ParamType[Any]):
+    """Seconds, written like ``30``, ``30s``, ``1.5m``, ``2h`` or ``1d``, as timeout(1) and sleep(1) take them."""
+
+    name = "duration"
+
+    def convert(self, value: object, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the seconds."""
+        if isinstance(value, int | float):
+            return float(value)
+        match = _DURATION.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a duration, such as 30s, 1.5m, 2h or 1d", parameter, context)
+        seconds = float(match[1]) * _UNITS[match[2]]
+        if not math.isfinite(seconds) or seconds > timedelta(days=36500).total_seconds():
+            self.fail(f"{value!r} is longer than a century", parameter, context)
+        return seconds
+
+
+class DurationRange(Duration):
+    """The least and the most seconds, written like ``1s..60s``; a single duration is both."""
+
+    name = "duration..duration"
+
+    def convert(self, value: object, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return both in seconds."""
+        if isinstance(value, tuple):
+            return value
+        low, separator, high = str(value).partition("..")
+        least = super().convert(low, parameter, context)
+        most = super().convert(high, parameter, context) if separator else least
+        if least > most:
+            self.fail(f"{value!r} ends before it begins", parameter, context)
+        return least, most
+
+
+def readable(span: timedelta) -> str:
+    """Return a span as a few characters: ``0.25 s``, ``3m 05s``, ``2h 07m``, ``4d 01h``."""
+    seconds = span.total_seconds()
+    if seconds < 59.95:  # noqa: PLR2004  (rounds to less than a minute)
+        return f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}h"
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"

@@ -1,0 +1,99 @@
+"""``taskruns exec``."""
+
+import math
+import os
+import sys
+from collections.abc import Callable
+
+import click
+
+from taskruns.cli import EXEC_USAGE, complain
+from taskruns.cli.database import Database, db_option
+from taskruns.cli.durations import Duration, DurationRange
+from taskruns.model import checked_name
+
+
+def _checked_task(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    try:
+        return checked_name(value, "task id")
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.command("exec", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("task", callback=_checked_task)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
+@click.option("--timeout", type=Duration(), help="Stop the command after this time, such as 30s, 5m or 2h; 0 is never.")
+@click.option(
+    "--kill-after",
+    type=Duration(),
+    default="10s",
+    show_default=True,
+    help="How long after the SIGTERM of a timeout SIGKILL follows.",
+)
+@click.option("--retries", type=click.IntRange(0, 1000000), default=0, show_default=True, help="Try again so often.")
+@click.option(
+    "--backoff",
+    type=DurationRange(),
+    default="1s..60s",
+    show_default=True,
+    help="How long to wait before the first retry, doubled for each that follows, and the most that it may become.",
+)
+@click.option("--no-overlap", is_flag=True, help="Start nothing while the task has an active run.")
+@click.option(
+    "--conflict-exit-code",
+    type=click.IntRange(0, 255),
+    default=1,
+    show_default=True,
+    help="The exit status when --no-overlap starts nothing.",
+)
+@click.option(
+    "--error",
+    type=click.Choice(["tail", "none"]),
+    default="tail",
+    show_default=True,
+    help="Keep the end of standard error as the error of a failed run, or leave standard error to the command.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Say nothing beside what the command says.")
+@db_option
+def exec_command(
+    task: str,
+    command: tuple[str, ...],
+    timeout: float | None,
+    kill_after: float,
+    retries: int,
+    backoff: tuple[float, float],
+    no_overlap: bool,  # noqa: FBT001
+    conflict_exit_code: int,
+    error: str,
+    quiet: bool,  # noqa: FBT001
+) -> int:
+    """Run a command and record every attempt of it as a run of TASK.
+
+    Everything after `--` is the command, run without a shell. Its input, output and exit status are its own: 128+N for
+    signal N, 124 after a timeout, 126 if it cannot be run, 127 if it is not found. It runs as well when the database
+    cannot be reached.
+    """
+    if sys.platform == "win32":
+        complain("exec needs Linux or macOS")
+        return EXEC_USAGE
+    from taskruns import exec as execution  # noqa: PLC0415  (not on Windows)
+    from taskruns import process
+
+    process.open_standard_streams()
+    plan = execution.Plan(
+        task_id=task,
+        command=command,
+        timeout=timeout or None,
+        kill_after=kill_after,
+        retries=retries,
+        backoff=backoff,
+        no_overlap=no_overlap,
+        conflict_exit_code=conflict_exit_code,
+        keep_stderr=error == "tail",
+    )
+    option = click.get_current_context().find_root().obj
+    say: Callable[[str], None] = (lambda _line: None) if quiet else complain
+    status = execution.execute(plan, lambda: Database.find(option).writing(retry_for=math.inf), say)
+    # A database call that hangs in its thread must not keep the process.
+    os._exit(status)

@@ -1,0 +1,280 @@
+"""Runs a command and records its attempts. The command runs, and ends as it would, whatever the database does."""
+
+import math
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from tenacity import Retrying
+
+from taskruns import engine, process
+from taskruns.history import TaskRunHistory
+from taskruns.model import TaskPhase, TaskRun
+from taskruns.process import Ended, Signals
+from taskruns.recording import cause_of
+
+PATIENCE = 5.0
+"""Seconds that a command and its retries are held up by a database, in all."""
+
+OPENING_PATIENCE = 2.0
+"""Seconds of these for a start, so that some are left for its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run and how."""
+
+    task_id: str
+    command: Sequence[str]
+    timeout: float | None = None
+    """Seconds that an attempt may take."""
+    kill_after: float = 10.0
+    """Seconds from the polite signal at the timeout to the one that cannot be ignored."""
+    retries: int = 0
+    """How often a failed attempt is followed by another."""
+    backoff: tuple[float, float] = (1.0, 60.0)
+    """Seconds before the first retry, doubled for each that follows, and the most they may become."""
+    no_overlap: bool = False
+    """Whether to start nothing while the task has an active run."""
+    conflict_exit_code: int = 1
+    """The exit status when that is so."""
+    keep_stderr: bool = True
+    """Whether the end of standard error becomes the error of a failed run."""
+
+
+def execute(plan: Plan, connect: Callable[[], TaskRunHistory], say: Callable[[str], None]) -> int:
+    """Run the command, up to ``plan.retries`` times again until it succeeds, and return the exit status.
+
+    Args:
+        plan: What to run and how.
+        connect: Opens the history; called in another thread, it may take its time and it may fail.
+        say: Takes a line for the user.
+    """
+    with Signals() as signals:
+        recorder = _Recorder(connect, signals, say)
+        submission = uuid.uuid4().hex if plan.retries else None
+        number = 0
+        while True:
+            number += 1
+            record = recorder.open(plan, submission, number if plan.retries else None)
+            if record.overlaps is not None:
+                run = record.overlaps
+                say(f"{plan.task_id} is running already: attempt {run.attempt}, started at {run.started_at:%F %T} UTC")
+                return plan.conflict_exit_code
+            if signals.stopped_by is not None:
+                status = 128 + signals.stopped_by
+                recorder.close(record, TaskPhase.CANCELED, _stopped_before(signals.stopped_by), status)
+                return status
+            ended = process.run(
+                plan.command,
+                _environment(plan.task_id, record.run, number),
+                signals,
+                timeout=plan.timeout,
+                kill_after=plan.kill_after,
+                keep_stderr=plan.keep_stderr,
+            )
+            if ended.not_started is not None:
+                say(ended.not_started)
+            phase, error = _outcome(ended, plan, is_last=number > plan.retries)
+            recorder.close(record, phase, error, ended.status)
+            if phase in (TaskPhase.SUCCEEDED, TaskPhase.CANCELED) or number > plan.retries:
+                return ended.status
+            first, most = plan.backoff
+            if _sleep(min(most, first * 2 ** min(number - 1, 64)), signals):
+                return 128 + (signals.stopped_by or 0)
+
+
+def _environment(task_id: str, run: TaskRun | None, number: int) -> dict[str, str]:
+    environment = {**os.environ, "TASKRUNS_TASK": task_id, "TASKRUNS_TRY": str(number)}
+    environment.pop("TASKRUNS_ATTEMPT", None)  # another one's, if we were started by one
+    if run is not None:
+        environment["TASKRUNS_ATTEMPT"] = str(run.attempt)
+    return environment
+
+
+def _outcome(ended: Ended, plan: Plan, *, is_last: bool) -> tuple[TaskPhase, str | None]:
+    tail = f"\n{ended.stderr}" if ended.stderr else ""
+    if ended.timed_out:
+        return TaskPhase.TIMEOUT, f"timed out after {plan.timeout:g} s{tail}"
+    if ended.stopped_by is not None:
+        return TaskPhase.CANCELED, f"stopped by {_name(ended.stopped_by)}{tail}"
+    if ended.status == 0:
+        return TaskPhase.SUCCEEDED, None
+    phase = TaskPhase.EXHAUSTED if is_last and plan.retries else TaskPhase.FAILED
+    if ended.not_started is not None:
+        return phase, ended.not_started
+    if ended.killed_by is not None:
+        return phase, f"killed by {_name(ended.killed_by)}{tail}"
+    return phase, ended.stderr or f"exited with status {ended.status}"
+
+
+def _stopped_before(number: int) -> str:
+    return f"stopped by {_name(number)} before the command was started"
+
+
+def _name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _sleep(seconds: float, signals: Signals) -> bool:
+    """Sleep, unless told to stop; whether that was so."""
+    until = time.monotonic() + seconds
+    while signals.stopped_by is None and (left := until - time.monotonic()) > 0:
+        signals.wait(left)
+    return signals.stopped_by is not None
+
+
+class _Recorder:
+    """Records runs with a bounded patience, and says once if one cannot be recorded."""
+
+    def __init__(self, connect: Callable[[], TaskRunHistory], signals: Signals, say: Callable[[str], None]) -> None:
+        self._connect = connect
+        self._signals = signals
+        self._say = say
+        self._patience = PATIENCE
+        self._is_said = False
+
+    def open(self, plan: Plan, submission: str | None, source_attempt: int | None) -> "_Record":
+        """Begin to record an attempt, and wait a while for its number."""
+        record = _Record(plan, submission, source_attempt, self._connect, self._signals.wake)
+        record.begin()
+        self._wait(record.is_open, OPENING_PATIENCE, stop_early=True)
+        record.start_anyway()
+        if record.run is None and record.overlaps is None and self._signals.stopped_by is None:
+            self._warn(record.failure or "the database does not answer")
+        return record
+
+    def close(self, record: "_Record", phase: TaskPhase, error: str | None, exit_code: int) -> None:
+        """Record how an attempt ended, and wait a while until it is written."""
+        record.end(phase, error, exit_code)
+        self._wait(record.is_done, PATIENCE, stop_early=False)
+        if not record.is_written:
+            self._warn(record.failure or "the database does not answer")
+
+    def _wait(self, event: threading.Event, most: float, *, stop_early: bool) -> None:
+        began = time.monotonic()
+        until = began + min(most, self._patience)
+        while not event.is_set() and (left := until - time.monotonic()) > 0:
+            if stop_early and self._signals.stopped_by is not None:
+                break
+            self._signals.wait(left)
+        self._patience = max(0.0, self._patience - (time.monotonic() - began))
+
+    def _warn(self, why: str) -> None:
+        if not self._is_said:
+            self._is_said = True
+            self._say(f"not recorded as it should be, the command runs all the same: {why}")
+
+
+class _Record:
+    """Records one attempt: its start, as soon as the database takes it, and its end.
+
+    In a thread, since only the end of the process stops a call that hangs in a driver. While the command runs it goes
+    on trying: a run whose start was delayed has its true times all the same.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        submission: str | None,
+        source_attempt: int | None,
+        connect: Callable[[], TaskRunHistory],
+        wake: Callable[[], None],
+    ) -> None:
+        self._plan = plan
+        self._connect = connect
+        self._wake = wake
+        self._start: dict[str, Any] = {"submission": submission, "source_attempt": source_attempt}
+        self._end: dict[str, Any] = {}
+        self._has_ended = threading.Event()
+        self._decision = threading.Lock()
+        self._starts_anyway = False
+        self.is_open = threading.Event()
+        """Whether the first attempt to open the run is over."""
+        self.is_done = threading.Event()
+        """Whether nothing more will be written."""
+        self.run: TaskRun | None = None
+        self.overlaps: TaskRun | None = None
+        """The active run because of which this one does not start."""
+        self.failure: str | None = None
+        """Why the run is not recorded."""
+        self.is_written = False
+        """Whether the outcome is stored."""
+
+    def begin(self) -> None:
+        """Start to open the run."""
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def start_anyway(self) -> None:
+        """Decide that the command starts, unless it was found before that the task is active."""
+        self._starts_now()
+        with self._decision:
+            self._starts_anyway = self.overlaps is None
+
+    def end(self, phase: TaskPhase, error: str | None, exit_code: int) -> None:
+        """Tell how the run ended, just now."""
+        finished_at = self._start["started_at"] + timedelta(seconds=time.monotonic() - self._clock)
+        self._end = {"phase": phase, "error": error, "exit_code": exit_code, "finished_at": finished_at}
+        self._has_ended.set()
+
+    def _starts_now(self) -> None:
+        """Take the time of the start: once the database is ready, or when the command stops waiting for it."""
+        with self._decision:
+            if "started_at" not in self._start:
+                self._clock = time.monotonic()
+                self._start["started_at"] = datetime.now(UTC)
+
+    def _work(self) -> None:
+        self._attempt(self._open)
+        self.is_open.set()
+        self._wake()
+        if self.overlaps is None:
+            self._has_ended.wait()
+            self._attempt(self._close)
+        self.is_done.set()
+        self._wake()
+
+    def _attempt(self, step: Callable[[TaskRunHistory], None]) -> None:
+        try:
+            # No connection is held while the command runs: there may be more commands than connections.
+            with self._connect() as history:
+                step(history)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the command goes on)
+            self.failure = cause_of(error)
+        else:
+            self.failure = None
+
+    def _open(self, history: TaskRunHistory) -> None:
+        self._starts_now()
+        if self._plan.no_overlap:
+            self.run = Retrying(**engine.retry_policy(math.inf))(self._open_unless_active, history)
+        else:
+            self.run = history.open_run(self._plan.task_id, **self._start)
+
+    def _open_unless_active(self, history: TaskRunHistory) -> TaskRun | None:
+        with history.begin(lock=self._plan.task_id) as runs:
+            active = runs.active_runs(self._plan.task_id)
+            for run in active:
+                if run.started_at == self._start["started_at"]:
+                    return run  # by an earlier try, whose answer was lost
+            with self._decision:
+                if active and not self._starts_anyway:
+                    self.overlaps = active[0]
+                    return None
+            return runs.open_run(self._plan.task_id, **self._start)
+
+    def _close(self, history: TaskRunHistory) -> None:
+        if self.run is None:
+            self._open(history)
+        if self.run is not None:
+            history.close_run(self.run.task_id, self.run.attempt, **self._end)
+            self.is_written = True
