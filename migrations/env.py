@@ -1,7 +1,7 @@
 """How Alembic meets the database: as `alembic` from the repository, or through `taskruns.migrate` from the wheel."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
@@ -16,14 +16,11 @@ LOCK_TIMEOUT = 300  # seconds; another host may be building an index on a large 
 config = context.config
 
 
-def render_item(type_: str, obj: Any, _autogen: AutogenContext) -> str | bool:
+def render_item(type_: str, obj: Any, _autogen: AutogenContext) -> str | Literal[False]:
     """Let revisions spell a type out, since they outlive the class that it has today."""
     if type_ == "type" and isinstance(obj, schema.UTCDateTime):
         return "sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), 'mysql', 'mariadb')"
     return False
-
-
-OPTIONS: dict[str, Any] = {"target_metadata": schema.metadata, "render_item": render_item, **schema.COMPARISON}
 
 
 def migrate(connection: Connection) -> None:
@@ -32,7 +29,6 @@ def migrate(connection: Connection) -> None:
     On PostgreSQL and SQLite they are one transaction. MariaDB commits each DDL statement by itself.
     """
     backend = connection.dialect.name
-    batch = backend == "sqlite"
     if backend == "sqlite":
         connection.execution_options(taskruns_begin="IMMEDIATE")
     else:
@@ -46,7 +42,12 @@ def migrate(connection: Connection) -> None:
             if backend == "postgresql":
                 # Of the transaction, not of the session: so it works behind PgBouncer too.
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK_KEY)))
-            context.configure(connection=connection, render_as_batch=batch, **OPTIONS)
+            context.configure(
+                connection=connection,
+                render_as_batch=backend == "sqlite",
+                render_item=render_item,
+                **schema.comparison(backend),
+            )
             context.run_migrations()
     finally:
         if backend in ("mysql", "mariadb"):
@@ -63,7 +64,12 @@ def url() -> str:
 
 if context.is_offline_mode():
     parsed = engine.parse_url(url())
-    context.configure(url=parsed, literal_binds=True, dialect_opts={"paramstyle": "named"}, **OPTIONS)
+    context.configure(
+        url=parsed,
+        literal_binds=True,
+        dialect_opts={"paramstyle": "named"},
+        **schema.comparison(parsed.get_backend_name()),
+    )
     with context.begin_transaction():
         context.run_migrations()
 elif "connection" in config.attributes:

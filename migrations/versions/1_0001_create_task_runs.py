@@ -1,5 +1,8 @@
 """Create task_runs."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
@@ -11,7 +14,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Create the table."""
+    """Create the table and its indexes."""
+    # MariaDB cannot take back what was done before a failure, so a second try has to find it.
+    offline = op.get_context().as_sql
+    present = set() if offline else {index["name"] for index in _indexes(op.get_bind())}
     time = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
     op.create_table(
         "task_runs",
@@ -70,7 +76,25 @@ def upgrade() -> None:
         mysql_collate="utf8mb4_bin",
         mariadb_charset="utf8mb4",
         mariadb_collate="utf8mb4_bin",
+        if_not_exists=True,
     )
+    indexes: list[tuple[str, list[Any], str | None]] = [("ix_task_runs_started", ["started_at"], None)]
+    if op.get_context().dialect.name in ("sqlite", "postgresql"):
+        indexes += [
+            ("ix_task_runs_active", ["started_at"], "finished_at IS NULL"),
+            ("ix_task_runs_problems", ["finished_at"], "phase IN ('failed', 'timeout', 'exhausted')"),
+        ]
+    else:
+        indexes += [("ix_task_runs_finished", [sa.text("finished_at DESC"), "phase"], None)]
+    for name, columns, condition in indexes:
+        if name not in present:
+            where = None if condition is None else sa.text(condition)
+            op.create_index(name, "task_runs", columns, sqlite_where=where, postgresql_where=where)
+
+
+def _indexes(bind: sa.Connection) -> Sequence[Any]:
+    inspector = sa.inspect(bind)
+    return inspector.get_indexes("task_runs") if inspector.has_table("task_runs") else []
 
 
 def downgrade() -> None:

@@ -5,7 +5,6 @@ Each method does what its twin does, by running it in SQLAlchemy's bridge, so th
 
 import asyncio
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -163,8 +162,9 @@ class AsyncTaskRunHistory:
             await connection.run_sync(lambda _: transaction.__enter__())
             try:
                 yield AsyncTaskRunRepository(connection, source=self._source)
-            except BaseException:
-                await connection.run_sync(lambda _: transaction.__exit__(*sys.exc_info()))
+            except BaseException as error:
+                cause = error  # told by hand: sys.exc_info() knows nothing of it inside the bridge
+                await connection.run_sync(lambda _: transaction.__exit__(type(cause), cause, cause.__traceback__))
                 raise
             await connection.run_sync(lambda _: transaction.__exit__(None, None, None))
 
@@ -212,6 +212,8 @@ class AsyncTaskRunHistory:
 
     async def iter_runs(self, task_id: str, *, phases: Phases = None) -> AsyncIterator[TaskRun]:
         """Yield all of the task's runs, newest attempt first, a page at a time: the memory it takes is constant."""
+        if phases is not None and not isinstance(phases, str):
+            phases = tuple(phases)
         after = None
         while True:
             page = await self.runs(task_id, phases=phases, limit=PAGE, after=after)

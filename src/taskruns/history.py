@@ -141,6 +141,8 @@ class TaskRunHistory:
 
     def iter_runs(self, task_id: str, *, phases: Phases = None) -> Iterator[TaskRun]:
         """Yield all of the task's runs, newest attempt first, a page at a time: the memory it takes is constant."""
+        if phases is not None and not isinstance(phases, str):
+            phases = tuple(phases)
         after = None
         while True:
             page = self.runs(task_id, phases=phases, limit=PAGE, after=after)

@@ -10,7 +10,7 @@ from sqlalchemy import URL, Connection, Engine, Select, column, inspect, select,
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from taskruns.errors import SchemaVersionError
-from taskruns.schema import COMPARISON, SCHEMA_VERSION, VERSION_TABLE, metadata
+from taskruns.schema import SCHEMA_VERSION, VERSION_TABLE, comparison, metadata
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -80,7 +80,7 @@ def check(connection: Connection) -> list[str]:
     from alembic.autogenerate import compare_metadata  # noqa: PLC0415
     from alembic.runtime.migration import MigrationContext  # noqa: PLC0415
 
-    context = MigrationContext.configure(connection, opts=dict(COMPARISON))
+    context = MigrationContext.configure(connection, opts=comparison(connection.dialect.name))
     differences = compare_metadata(context, metadata)
     found = current(connection)
     newer = found is not None and suits(found) and found != SCHEMA_VERSION

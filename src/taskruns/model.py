@@ -123,7 +123,7 @@ class TaskRun:
         """
         return cls(
             task_id=checked_name(task_id, "task id"),
-            attempt=_checked_number(attempt, "attempt", 1, MAX_ATTEMPT),
+            attempt=checked_attempt(attempt),
             phase=TaskPhase.RUNNING,
             started_at=in_utc(started_at, "started_at") if started_at is not None else datetime.now(UTC),
             source=None if source is None else checked_name(source, "source"),
@@ -274,6 +274,11 @@ def checked_name(value: str, what: str) -> str:
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
         raise ValueError(f"a {what} has no control characters and is valid Unicode: {value!r}")
     return value
+
+
+def checked_attempt(value: int) -> int:
+    """Return ``value`` if it can number a run."""
+    return _checked_number(value, "attempt", 1, MAX_ATTEMPT)
 
 
 def _checked_number(value: int, what: str, low: int, high: int) -> int:

@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from taskruns import engine, statements
 from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
-from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_phase
+from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_attempt, checked_name, checked_phase
 
 Phases = TaskPhase | Iterable[TaskPhase] | None
 """A phase, several, or None for all."""
@@ -175,7 +175,7 @@ class TaskRunRepository:
 
     def close_with(self, task_id: str, attempt: int, outcome: Outcome) -> TaskRun:
         """Record a checked outcome."""
-        key = {"of_task": task_id, "of_attempt": attempt}
+        key = _key(task_id, attempt)
         values = {"to": outcome.phase, "end": outcome.finished_at, "why": outcome.error, "code": outcome.exit_code}
         returning = self._connection.dialect.update_returning
         result = self._connection.execute(statements.close_run(returning=returning), key | values)
@@ -200,12 +200,12 @@ class TaskRunRepository:
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
-        row = self._connection.execute(statements.get_run(), {"of_task": task_id, "of_attempt": attempt}).first()
+        row = self._connection.execute(statements.get_run(), _key(task_id, attempt)).first()
         return None if row is None else _run(row)
 
     def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
         """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
-        found = self._runs(statements.runs(task_id, phases=_phases(phases), limit=1))
+        found = self._runs(statements.runs(checked_name(task_id, "task id"), phases=_phases(phases), limit=1))
         return found[0] if found else None
 
     def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
@@ -216,8 +216,8 @@ class TaskRunRepository:
         Raises:
             ValueError: ``limit`` is less than 1, ``after`` is no cursor, or a phase does not exist.
         """
-        if limit < 1:
-            raise ValueError(f"limit must be 1 or more, not {limit}")
+        checked_name(task_id, "task id")
+        _check_limit(limit)
         if after is not None and not (after.isascii() and after.isdecimal() and int(after) <= MAX_ATTEMPT):
             raise ValueError(f"not a cursor of a page of runs: {after!r}")
         before = None if after is None else int(after)
@@ -227,10 +227,18 @@ class TaskRunRepository:
 
     def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
         """Return the active runs, of one task or of all, in the order they started."""
-        return self._runs(statements.active_runs(task_id))
+        return self._runs(statements.active_runs(None if task_id is None else checked_name(task_id, "task id")))
 
     def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
-        """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
+        """Return the latest run of every task, in the order of the task ids, those greater than ``after``.
+
+        Raises:
+            ValueError: ``limit`` is less than 1, or ``after`` is no task id.
+        """
+        if limit is not None:
+            _check_limit(limit)
+        if after is not None:
+            checked_name(after, "task id")
         postgresql = self._connection.dialect.name == "postgresql"
         walk = self._connection.dialect.name == "sqlite" or (postgresql and not self._is_citus())
         return self._runs(statements.tasks(walk=walk, lateral=postgresql, limit=limit, after=after))
@@ -271,6 +279,16 @@ def close_alone(connection: Connection, task_id: str, attempt: int, outcome: Out
         if again and outcome.is_within(error.run):
             return error.run
         raise
+
+
+def _key(task_id: str, attempt: int) -> dict[str, Any]:
+    # Checked, as a database may take another name for this one (MariaDB pads with spaces) or fail to take it at all.
+    return {"of_task": checked_name(task_id, "task id"), "of_attempt": checked_attempt(attempt)}
+
+
+def _check_limit(limit: int) -> None:
+    if limit < 1:
+        raise ValueError(f"limit must be 1 or more, not {limit}")
 
 
 def _phases(phases: Phases) -> tuple[TaskPhase, ...] | None:

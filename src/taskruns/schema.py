@@ -1,5 +1,6 @@
 """The table of the runs: columns, constraints and indexes. ``migrations/`` builds the same."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,18 +9,23 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    ColumnElement,
     DateTime,
     Dialect,
     Enum,
+    Index,
     Integer,
     MetaData,
     PrimaryKeyConstraint,
     String,
     Table,
     Text,
+    TextClause,
     false,
+    text,
 )
 from sqlalchemy.dialects import mysql
+from sqlalchemy.schema import SchemaItem
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from taskruns.model import MAX_ATTEMPT, MAX_NAME_LENGTH, TaskPhase, in_utc
@@ -135,9 +141,23 @@ task_runs = Table(
     mariadb_collate="utf8mb4_bin",
 )
 
+IS_PROBLEM = "phase IN ('failed', 'timeout', 'exhausted')"
+"""The condition of a run that somebody has to look at. SQLite uses the index only for a query with this very text."""
 
-def _is_ours(name: str | None, kind: str, _parents: object) -> bool:
-    return kind != "table" or name in metadata.tables
+
+def _index(name: str, *columns: ColumnElement[Any], dialects: Sequence[str], where: TextClause | None = None) -> None:
+    index = Index(
+        f"ix_task_runs_{name}", *columns, info={"dialects": dialects}, sqlite_where=where, postgresql_where=where
+    )
+    index.ddl_if(dialect=tuple(dialects))  # type: ignore[arg-type]  # several are documented, not typed
+
+
+# Which readers these serve, what each costs, and why there are no others: docs/databases.md.
+_PARTIAL, _FULL_ONLY = ("sqlite", "postgresql"), ("mysql", "mariadb")
+_index("started", task_runs.c.started_at, dialects=(*_PARTIAL, *_FULL_ONLY))
+_index("active", task_runs.c.started_at, where=text("finished_at IS NULL"), dialects=_PARTIAL)
+_index("problems", task_runs.c.finished_at, where=text(IS_PROBLEM), dialects=_PARTIAL)
+_index("finished", task_runs.c.finished_at.desc(), task_runs.c.phase, dialects=_FULL_ONLY)
 
 
 def _differs(  # Alembic's signature
@@ -147,10 +167,21 @@ def _differs(  # Alembic's signature
     return False if (found, known) == ("0", "false") else None
 
 
-COMPARISON: dict[str, Any] = {
-    "version_table": VERSION_TABLE,
-    "include_name": _is_ours,  # the database may be a host application's: the rest of it is none of our business
-    "compare_server_default": _differs,
-    "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
-}
-"""How Alembic compares a database with :data:`metadata`."""
+def comparison(dialect: str) -> dict[str, Any]:
+    """Return how Alembic compares a database of this kind with :data:`metadata`."""
+
+    def is_ours(name: str | None, kind: str, _parents: object) -> bool:
+        # The database may be a host application's: the rest of it is none of our business.
+        return kind != "table" or name in metadata.tables
+
+    def belongs(item: SchemaItem, _name: object, kind: str, _reflected: object, _compared: object) -> bool:
+        return kind != "index" or dialect in item.info.get("dialects", (dialect,))
+
+    return {
+        "target_metadata": metadata,
+        "version_table": VERSION_TABLE,
+        "include_name": is_ours,
+        "include_object": belongs,
+        "compare_server_default": _differs,
+        "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
+    }

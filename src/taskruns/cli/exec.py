@@ -77,8 +77,7 @@ def exec_command(
     if sys.platform == "win32":
         complain("exec needs Linux or macOS")
         return EXEC_USAGE
-    from taskruns import exec as execution  # noqa: PLC0415  (not on Windows)
-    from taskruns import process
+    from taskruns import exec as execution, process  # noqa: PLC0415  (not on Windows)
 
     process.open_standard_streams()
     plan = execution.Plan(
