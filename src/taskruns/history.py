@@ -55,7 +55,7 @@ class TaskRunHistory:
             url: An SQLAlchemy URL: ``sqlite:///FILE``, ``postgresql://…``, ``mysql://…`` or ``mariadb://…``. Options:
                 ``synchronous=NORMAL`` (SQLite), ``prepare_threshold=none`` (PostgreSQL behind PgBouncer).
             source: What runs are marked with; the host's name unless given.
-            read_only: Never write, and never create an SQLite file.
+            read_only: Open an SQLite file, which must exist, to read it only; on a server the role decides.
             lock_timeout: Seconds to wait for another writer of an SQLite file.
             retry_for: Seconds for which a call goes on trying after a transient error.
 
