@@ -151,7 +151,7 @@ class AsyncTaskRunHistory:
 
     async def check_version(self) -> None:
         """Check that the database's tables suit this code: see :meth:`taskruns.TaskRunHistory.check_version`."""
-        await self._call(lambda _connection, _again: None)
+        await self._call(lambda _connection, _lost: None)
 
     @asynccontextmanager
     async def begin(self, *, lock: str | None = None) -> AsyncIterator[AsyncTaskRunRepository]:
@@ -180,7 +180,7 @@ class AsyncTaskRunHistory:
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
         start = Start.of(task_id, attempt, started_at, source or self._source, submission, source_attempt)
-        return await self._call(lambda connection, again: open_alone(connection, start, again=again))
+        return await self._call(lambda connection, lost: open_alone(connection, start, lost=lost))
 
     async def close_run(
         self,
@@ -194,9 +194,7 @@ class AsyncTaskRunHistory:
     ) -> TaskRun:
         """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`."""
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
-        return await self._call(
-            lambda connection, again: close_alone(connection, task_id, attempt, outcome, again=again)
-        )
+        return await self._call(lambda connection, lost: close_alone(connection, task_id, attempt, outcome, lost=lost))
 
     async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
@@ -259,22 +257,24 @@ class AsyncTaskRunHistory:
         return AsyncRecording(begin, end)
 
     async def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
-        return await self._call(lambda connection, _again: question(TaskRunRepository(connection)))
+        return await self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     async def _call(self, operation: Operation[T]) -> T:
+        retry = engine.Retry()
         try:
-            return await self._call_once(operation, again=False)
+            return await self._call_once(operation, retry)
         except Exception as error:
-            if not engine.is_transient(error):
+            if not retry.is_worth_it(error):
                 raise
         from tenacity import AsyncRetrying  # noqa: PLC0415  (only where something went wrong)
 
-        return await AsyncRetrying(**engine.retry_policy(self._retry_for))(self._call_once, operation, again=True)
+        again = AsyncRetrying(**retry.policy(self._retry_for))
+        return await again(self._call_once, operation, retry)
 
-    async def _call_once(self, operation: Operation[T], *, again: bool) -> T:
+    async def _call_once(self, operation: Operation[T], retry: engine.Retry) -> T:
         async with self._engine.connect() as connection:
             await self._require_current(connection)
-            return await connection.run_sync(operation, again)
+            return await connection.run_sync(operation, retry.lost)
 
     async def _require_current(self, connection: AsyncConnection) -> None:
         if not self._is_current:

@@ -252,13 +252,19 @@ _TRANSIENT_MYSQL_ERRORS = {1020, 1040, 1053, 1205, 1213, 1927, 2002, 2003, 2006,
 
 def is_transient(error: BaseException) -> bool:
     """Whether to try again: busy, deadlock, serialization failure, too many or lost connections."""
-    if isinstance(error, ConnectionError):
-        return True
+    return is_lost(error) or is_refusal(error)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the connection was lost, and with it perhaps the answer that all was written."""
+    return isinstance(error, ConnectionError) or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the database has written nothing, and may do so if it is asked again."""
     if not isinstance(error, DBAPIError) or isinstance(error, IntegrityError):
         return False
     cause: Any = error.orig
-    if error.connection_invalidated:
-        return True
     if isinstance(cause, sqlite3.Error):
         return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
     if hasattr(cause, "sqlstate"):
@@ -269,16 +275,27 @@ def is_transient(error: BaseException) -> bool:
     return bool(cause is not None and cause.args and cause.args[0] in _TRANSIENT_MYSQL_ERRORS)
 
 
-def retry_policy(seconds: float) -> dict[str, Any]:
-    """Return the arguments of tenacity's retrying: transient errors, with growing random waits, for so long."""
-    import tenacity  # noqa: PLC0415  (only where something went wrong)
+class Retry:
+    """The tries of one call: which errors are worth another, and whether an answer was lost on the way."""
 
-    return {
-        "retry": tenacity.retry_if_exception(is_transient),
-        "stop": tenacity.stop_after_delay(seconds),
-        "wait": tenacity.wait_random_exponential(multiplier=0.02, max=5),
-        "reraise": True,
-    }
+    def __init__(self) -> None:
+        self.lost = False
+
+    def is_worth_it(self, error: BaseException) -> bool:
+        """Whether to try again after ``error``."""
+        self.lost = self.lost or is_lost(error)
+        return is_transient(error)
+
+    def policy(self, seconds: float) -> dict[str, Any]:
+        """Return the arguments of tenacity's retrying, which waits longer from try to try, at random."""
+        import tenacity  # noqa: PLC0415  (only where something went wrong)
+
+        return {
+            "retry": tenacity.retry_if_exception(self.is_worth_it),
+            "stop": tenacity.stop_after_delay(seconds),
+            "wait": tenacity.wait_random_exponential(multiplier=0.02, max=5),
+            "reraise": True,
+        }
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

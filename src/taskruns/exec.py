@@ -256,7 +256,7 @@ class _Record:
     def _open(self, history: TaskRunHistory) -> None:
         self._starts_now()
         if self._plan.no_overlap:
-            self.run = Retrying(**engine.retry_policy(math.inf))(self._open_unless_active, history)
+            self.run = Retrying(**engine.Retry().policy(math.inf))(self._open_unless_active, history)
         else:
             self.run = history.open_run(self._plan.task_id, **self._start)
 

@@ -86,7 +86,7 @@ class TaskRunHistory:
         Raises:
             SchemaVersionError: they are missing, too old, or of another major version.
         """
-        self._call(lambda _connection, _again: None)
+        self._call(lambda _connection, _lost: None)
 
     @contextmanager
     def begin(self, *, lock: str | None = None) -> Iterator[TaskRunRepository]:
@@ -111,7 +111,7 @@ class TaskRunHistory:
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
         start = Start.of(task_id, attempt, started_at, source or self._source, submission, source_attempt)
-        return self._call(lambda connection, again: open_alone(connection, start, again=again))
+        return self._call(lambda connection, lost: open_alone(connection, start, lost=lost))
 
     def close_run(
         self,
@@ -125,7 +125,7 @@ class TaskRunHistory:
     ) -> TaskRun:
         """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`."""
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
-        return self._call(lambda connection, again: close_alone(connection, task_id, attempt, outcome, again=again))
+        return self._call(lambda connection, lost: close_alone(connection, task_id, attempt, outcome, lost=lost))
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
@@ -192,23 +192,25 @@ class TaskRunHistory:
         return Recording(begin, end)
 
     def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
-        return self._call(lambda connection, _again: question(TaskRunRepository(connection)))
+        return self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     def _call(self, operation: Operation[T]) -> T:
+        retry = engine.Retry()
         try:
-            return self._call_once(operation, again=False)
+            return self._call_once(operation, retry)
         except Exception as error:
-            if not engine.is_transient(error):
+            if not retry.is_worth_it(error):
                 raise
         from tenacity import Retrying  # noqa: PLC0415  (only where something went wrong)
 
-        again: T = Retrying(**engine.retry_policy(self._retry_for))(self._call_once, operation, again=True)
-        return again
+        again = Retrying(**retry.policy(self._retry_for))
+        result: T = again(self._call_once, operation, retry)
+        return result
 
-    def _call_once(self, operation: Operation[T], *, again: bool) -> T:
+    def _call_once(self, operation: Operation[T], retry: engine.Retry) -> T:
         with self._engine.connect() as connection:
             self._require_current(connection)
-            return operation(connection, again)
+            return operation(connection, retry.lost)
 
     def _require_current(self, connection: Connection) -> None:
         """Check the tables' version, once: migrations within a major never take away what this code needs."""

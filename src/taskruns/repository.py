@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from taskruns import engine, statements
 from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
@@ -120,21 +120,24 @@ class TaskRunRepository:
         """Open a run by one statement; None if another writer took its number at the same moment."""
         dialect = self._connection.dialect
         returning = dialect.insert_returning
-        statement = statements.open_run(dialect.name, numbered=start.numbered, returning=returning)
+        run = start.run
+        if not (returning or start.numbered):  # MySQL cannot tell which number it has given
+            last = self._connection.scalar(statements.last_attempt(), start.parameters()) or 0
+            if last == MAX_ATTEMPT:
+                return None
+            run = replace(run, attempt=last + 1)
+        statement = statements.open_run(dialect.name, numbered=start.numbered or not returning, returning=returning)
         try:
-            result = self._connection.execute(statement, start.parameters())
+            result = self._connection.execute(statement, start.parameters() | {"attempt": run.attempt})
+            if not returning:
+                return run
+            inserted = result.all()  # every row, as SQLite commits only then
         except IntegrityError:
             if dialect.name in ("sqlite", "postgresql"):
                 raise
-            return self._told_twice(start) if start.numbered else None  # they have no ON CONFLICT
-        if not returning:
-            found = self.find_start(start)
-            if found is None:
-                raise AttemptConflictError(start.run.task_id)
-            return found
-        inserted = result.all()  # every row, as SQLite commits only then
+            inserted = []  # without ON CONFLICT a taken number is an error
         if inserted:
-            return replace(start.run, attempt=inserted[0][0])
+            return replace(run, attempt=inserted[0][0])
         return self._told_twice(start) if start.numbered else None
 
     def _told_twice(self, start: "Start") -> TaskRun:
@@ -145,7 +148,7 @@ class TaskRunRepository:
 
     def find_start(self, start: Start) -> TaskRun | None:
         """Return the run that this very start has opened, if it has."""
-        row = self._connection.execute(statements.find_start(), start.parameters()).first()
+        row = self._connection.execute(statements.find_start(numbered=start.numbered), start.parameters()).first()
         return None if row is None else _run(row)
 
     def close_run(
@@ -247,36 +250,42 @@ class TaskRunRepository:
         return bool(self._connection.scalar(statements.citus()))
 
     def _stored(self, task_id: str, attempt: int) -> TaskRun:
-        run = self.get_run(task_id, attempt)
-        if run is None:
+        # A host's transaction may have an older snapshot than what the update has seen; a locking read has not.
+        row = self._connection.execute(statements.get_run().with_for_update(), _key(task_id, attempt)).first()
+        if row is None:
             raise RunNotFoundError(task_id, attempt)
-        return run
+        return _run(row)
 
     def _runs(self, query: Select[Any]) -> list[TaskRun]:
         return [_run(row) for row in self._connection.execute(query)]
 
 
-def open_alone(connection: Connection, start: Start, *, again: bool) -> TaskRun:
+def open_alone(connection: Connection, start: Start, *, lost: bool) -> TaskRun:
     """Open a run in a transaction of its own: one statement or, if its number was taken meanwhile, under a lock.
 
-    ``again`` says that an earlier try may have been written although its answer was lost.
+    ``lost`` says that an earlier try may have been written although its answer was lost.
     """
     runs = TaskRunRepository(connection)
-    if not again:
-        run = runs.try_start(start)
+    if not lost:
+        try:
+            run = runs.try_start(start)
+        except DBAPIError as error:
+            if not engine.is_refusal(error):
+                raise
+            run = None  # MariaDB finds racing writers in a deadlock
         if run is not None:
             return run
-        connection.commit()
+        connection.rollback()
     with engine.transaction(connection, lock=start.run.task_id):
-        return (runs.find_start(start) if again else None) or runs.open_start(start)
+        return (runs.find_start(start) if lost else None) or runs.open_start(start)
 
 
-def close_alone(connection: Connection, task_id: str, attempt: int, outcome: Outcome, *, again: bool) -> TaskRun:
-    """Close a run in a transaction of its own; ``again`` as in :func:`open_alone`."""
+def close_alone(connection: Connection, task_id: str, attempt: int, outcome: Outcome, *, lost: bool) -> TaskRun:
+    """Close a run in a transaction of its own; ``lost`` as in :func:`open_alone`."""
     try:
         return TaskRunRepository(connection).close_with(task_id, attempt, outcome)
     except RunClosedError as error:
-        if again and outcome.is_within(error.run):
+        if lost and outcome.is_within(error.run):
             return error.run
         raise
 

@@ -82,18 +82,19 @@ def open_run(dialect: str, *, numbered: bool, returning: bool) -> Insert:
 
 
 @cache
-def find_start() -> Select[Any]:
-    """Select the run that a start with this time and source has opened."""
-    return (
-        select(*COLUMNS)
-        .where(
-            _C.task_id == _bind("task_id"),
-            _C.started_at == _bind("started_at"),
-            _C.source.is_not_distinct_from(_bind("source")),
-        )
-        .order_by(_C.attempt.desc())
-        .limit(1)
-    )
+def find_start(*, numbered: bool) -> Select[Any]:
+    """Select the run that a start like this has opened."""
+    same = [_C[name].is_not_distinct_from(_bind(name)) for name in ("source", "submission", "source_attempt")]
+    query = select(*COLUMNS).where(_C.task_id == _bind("task_id"), _C.started_at == _bind("started_at"), *same)
+    if numbered:
+        query = query.where(_C.attempt == _bind("attempt"))
+    return query.order_by(_C.attempt.desc()).limit(1)
+
+
+@cache
+def last_attempt() -> Select[Any]:
+    """Select a task's highest number; a locking read, which sees what other transactions have committed."""
+    return select(func.max(_C.attempt)).where(_C.task_id == _bind("task_id")).with_for_update()
 
 
 @cache

@@ -1,0 +1,254 @@
+"""The databases of the tests: on servers that are given or found, else on throw-away servers of their own."""
+
+import glob
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from sqlalchemy import URL, Engine, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+
+from taskruns import TaskRunHistory
+
+KINDS = ("sqlite", "postgresql", "mariadb")
+
+_GIVEN = {"postgresql": "TASKRUNS_TEST_POSTGRES", "mariadb": "TASKRUNS_TEST_MARIADB"}
+_USUAL = {
+    "postgresql": "postgresql+psycopg://postgres@127.0.0.1:5432/postgres",
+    "mariadb": "mariadb+pymysql://root@127.0.0.1:3306/mysql",
+}
+_START_TIMEOUT = 60
+
+
+class MissingServerError(Exception):
+    """There is no server of this kind, nor the programs to start one."""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def as_user(user: str, *command: str | Path) -> list[str]:
+    """PostgreSQL and PgBouncer refuse to run as root."""
+    prefix = ["runuser", "-u", user, "--"] if sys.platform != "win32" and os.geteuid() == 0 else []
+    return [*prefix, *map(str, command)]
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} within {_START_TIMEOUT} s")
+        time.sleep(0.02)
+
+
+@contextmanager
+def own_directory(user: str) -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="taskruns-test-"))
+    try:
+        if sys.platform != "win32" and os.geteuid() == 0:
+            shutil.chown(directory, user)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _answers(url: URL) -> bool:
+    engine = create_engine(url, connect_args={"connect_timeout": 3})
+    try:
+        with engine.connect():
+            return True
+    except OperationalError:
+        return False
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _own_postgresql() -> Iterator[URL]:
+    directories = [*glob.glob("/usr/lib/postgresql/*/bin"), *glob.glob("/opt/homebrew/opt/postgresql*/bin")]
+    initdb = shutil.which("initdb", path=os.pathsep.join([*sorted(directories, reverse=True), os.environ["PATH"]]))
+    if initdb is None:
+        raise MissingServerError(f"no PostgreSQL at 127.0.0.1:5432, no {_GIVEN['postgresql']}, no initdb")
+    pg_ctl = Path(initdb).resolve().with_name("pg_ctl")
+    port = free_port()
+    with own_directory("postgres") as directory:
+        data = directory / "data"
+        subprocess.run(
+            as_user(
+                "postgres", initdb, "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"
+            ),
+            check=True,
+            capture_output=True,
+        )
+        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={directory} -c fsync=off"
+        log = directory / "log"
+        subprocess.run(
+            as_user("postgres", pg_ctl, "-D", data, "-w", "-l", log, "-o", settings, "start"),
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            yield make_url(_USUAL["postgresql"]).set(port=port)
+        finally:
+            subprocess.run(
+                as_user("postgres", pg_ctl, "-D", data, "-m", "immediate", "stop"), check=True, stdout=subprocess.DEVNULL
+            )
+
+
+@contextmanager
+def _own_mariadb() -> Iterator[URL]:
+    path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
+    install, server = shutil.which("mariadb-install-db", path=path), shutil.which("mariadbd", path=path)
+    if install is None or server is None:
+        raise MissingServerError(f"no MariaDB at 127.0.0.1:3306, no {_GIVEN['mariadb']}, no mariadbd")
+    url = make_url(_USUAL["mariadb"]).set(port=free_port())
+    user = ["--user=root"] if os.geteuid() == 0 else []
+    with own_directory("root") as directory:
+        place = ["--no-defaults", *user, f"--datadir={directory / 'data'}", "--skip-name-resolve"]
+        subprocess.run(
+            [install, *place, "--auth-root-authentication-method=normal", "--skip-test-db"],
+            check=True,
+            capture_output=True,
+        )
+        process = subprocess.Popen(
+            [
+                server,
+                *place,
+                f"--socket={directory / 'sock'}",
+                f"--pid-file={directory / 'pid'}",
+                f"--port={url.port}",
+                "--bind-address=127.0.0.1",
+                "--innodb-flush-log-at-trx-commit=0",
+                "--skip-log-bin",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_for(lambda: _answers(url), "MariaDB did not answer")
+            yield url
+        finally:
+            process.kill()
+            process.wait()
+
+
+_OWN: dict[str, Callable[[], AbstractContextManager[URL]]] = {
+    "postgresql": _own_postgresql,
+    "mariadb": _own_mariadb,
+}
+
+
+@contextmanager
+def _server(kind: str) -> Iterator[URL]:
+    given = os.environ.get(_GIVEN[kind])
+    if given is not None:
+        url = make_url(given)
+        if not _answers(url):
+            raise MissingServerError(f"no server answers at {_GIVEN[kind]}")
+        yield url
+    elif _answers(make_url(_USUAL[kind])):
+        yield make_url(_USUAL[kind])
+    else:
+        with _OWN[kind]() as url:
+            yield url
+
+
+class Databases:
+    """What one process of pytest has: its own databases, of every kind."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self._name = name
+        self._directory = directory
+        self._stack = ExitStack()
+        self._missing: dict[str, MissingServerError] = {}
+        self._admins: dict[str, Engine] = {}
+        self._migrated: dict[str, str] = {}
+        self._owners: dict[str, Engine] = {}
+        self._count = 0
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def server(self, kind: str) -> Engine:
+        """An engine on the server of this kind, each statement committed by itself."""
+        if kind in self._missing:
+            raise self._missing[kind]
+        if kind not in self._admins:
+            try:
+                url = self._stack.enter_context(_server(kind))
+            except MissingServerError as error:
+                self._missing[kind] = error
+                raise
+            self._admins[kind] = create_engine(url, isolation_level="AUTOCOMMIT")
+            self._stack.callback(self._admins[kind].dispose)
+        return self._admins[kind]
+
+    def empty(self, kind: str) -> str:
+        """A new database without tables."""
+        self._count += 1
+        name = f"{self._name}_{self._count}"
+        if kind == "sqlite":
+            return f"sqlite:///{self._directory / name}.db"
+        server = self.server(kind)
+        options = " CHARACTER SET latin1" if kind == "mariadb" else ""  # the tables must not lean on a good default
+        with server.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}{options}"))
+        self._stack.callback(self._drop, server, name)
+        return server.url.set(database=name).render_as_string(hide_password=False)
+
+    def migrated(self, kind: str) -> str:
+        """A database with the tables, which are empty: on a server the same one for every test."""
+        if kind not in self._migrated:
+            url = self.empty(kind)
+            with TaskRunHistory.connect(url) as history:
+                history.upgrade()
+            self._migrated[kind] = url
+            if kind != "sqlite":
+                self._owners[kind] = create_engine(url, isolation_level="AUTOCOMMIT")
+                self._stack.callback(self._owners[kind].dispose)
+        if kind == "sqlite":
+            template = str(make_url(self._migrated[kind]).database)
+            self._count += 1
+            copy = self._directory / f"{self._name}_{self._count}.db"
+            shutil.copy(template, copy)
+            return f"sqlite:///{copy}"
+        with self._owners[kind].connect() as connection:
+            connection.execute(text("DELETE FROM task_runs"))
+        return self._migrated[kind]
+
+    @staticmethod
+    def _drop(server: Engine, name: str) -> None:
+        force = " WITH (FORCE)" if server.dialect.name == "postgresql" else ""
+        with server.connect() as connection:
+            connection.execute(text(f"DROP DATABASE IF EXISTS {name}{force}"))
+
+
+def missing(reason: str) -> NoReturn:
+    """Whatever is needed and not there: silence would look like success."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def available(kind: str, databases: Databases) -> str:
+    """Return the kind if there is a server of it."""
+    if kind != "sqlite":
+        try:
+            databases.server(kind)
+        except MissingServerError as error:
+            missing(str(error))
+    return kind

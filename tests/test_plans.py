@@ -1,0 +1,84 @@
+"""Each reader that an index is kept for is served by it, and the others by the primary key."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Connection, Select, Table, create_engine, insert, select, text
+from sqlalchemy.pool import NullPool
+
+from taskruns import engine, schema, statements
+from taskruns.model import TaskPhase
+
+RUNS = schema.task_runs.c
+START = datetime(2026, 11, 1, tzinfo=UTC)
+READERS: dict[str, tuple[Select, dict[str, str]]] = {
+    "a task's newest runs": (
+        statements.runs("task 3", limit=50, before=900),
+        {"sqlite": "PRIMARY KEY (task_id=? AND attempt<?)", "postgresql": "pk_task_runs", "mariadb": "PRIMARY"},
+    ),
+    "the last success of a task": (
+        statements.runs("task 3", phases=[TaskPhase.SUCCEEDED], limit=1),
+        {"sqlite": "PRIMARY KEY (task_id=?)", "postgresql": "pk_task_runs", "mariadb": "PRIMARY"},
+    ),
+    "the active runs": (
+        statements.active_runs(),
+        {"sqlite": "ix_task_runs_active", "postgresql": "ix_task_runs_active", "mariadb": "ix_task_runs_finished"},
+    ),
+    "problems by finish time": (
+        select(*statements.COLUMNS)
+        .where(text(schema.IS_PROBLEM), RUNS.finished_at.is_not(None))
+        .order_by(RUNS.finished_at.desc())
+        .limit(50),
+        {"sqlite": "ix_task_runs_problems", "postgresql": "ix_task_runs_problems", "mariadb": "ix_task_runs_finished"},
+    ),
+    "what ran in a time window": (
+        select(*statements.COLUMNS)
+        .where(RUNS.started_at >= START + timedelta(hours=5), RUNS.started_at < START + timedelta(hours=6))
+        .order_by(RUNS.started_at),
+        dict.fromkeys(("sqlite", "postgresql", "mariadb"), "ix_task_runs_started"),
+    ),
+}
+
+
+def fill(connection: Connection, table: Table) -> None:
+    def run(number: int) -> dict[str, object]:
+        started_at = START + timedelta(seconds=30 * number)
+        phase = "running" if number % 500 == 499 else "failed" if number % 20 == 0 else "succeeded"
+        return {
+            "task_id": f"task {number % 20}",
+            "attempt": number // 20 + 1,
+            "phase": phase,
+            "started_at": started_at,
+            "finished_at": None if phase == "running" else started_at + timedelta(seconds=2),
+        }
+
+    connection.execute(insert(table), [run(number) for number in range(20_000)])
+
+
+def plan(connection: Connection, query: Select) -> str:
+    keyword = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN"
+    compiled = query.compile(connection, compile_kwargs={"literal_binds": True})
+    rows = connection.exec_driver_sql(f"{keyword} {compiled}".replace("%", "%%"))
+    return "\n".join(" ".join(map(str, row)) for row in rows)
+
+
+def test_every_reader_has_its_index(database: str) -> None:
+    url = engine.parse_url(database)
+    kind = {"mysql": "mariadb"}.get(url.get_backend_name(), url.get_backend_name())
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        fill(connection, schema.task_runs)
+        connection.commit()
+        connection.exec_driver_sql("ANALYZE TABLE task_runs" if kind == "mariadb" else "ANALYZE task_runs")
+        connection.commit()
+        plans = {reader: plan(connection, query) for reader, (query, _) in READERS.items()}
+    wrong = {reader: plans[reader] for reader, (_, wanted) in READERS.items() if wanted[kind] not in plans[reader]}
+    assert not wrong
+
+
+@pytest.mark.parametrize("phases", ["phase = 'failed'", "phase IN ('timeout', 'failed', 'exhausted')"])
+def test_sqlite_needs_the_very_condition_of_its_index(phases: str) -> None:
+    with create_engine("sqlite://").connect() as connection:
+        schema.metadata.create_all(connection)
+        assert "ix_task_runs_problems" not in plan(connection, select(RUNS.attempt).where(text(phases)))
+        both = select(RUNS.attempt).where(text(schema.IS_PROBLEM), text(phases))
+        assert "ix_task_runs_problems" in plan(connection, both)

@@ -1,0 +1,156 @@
+"""Many processes on one database: nothing is lost, doubled or left half done."""
+
+import os
+import random
+import sys
+import time
+from datetime import UTC, datetime
+from subprocess import run as run_command
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from writers import Writer, race
+
+from taskruns import TaskPhase, TaskRun, TaskRunHistory
+
+def sizes(small: tuple[int, ...], large: tuple[int, ...]) -> Any:
+    return [pytest.param(*small, id="small"), pytest.param(*large, id="large", marks=pytest.mark.soak)]
+
+
+def attempts(url: str, task_id: str) -> list[int]:
+    with TaskRunHistory.connect(url) as history:
+        return [run.attempt for run in history.iter_runs(task_id)]
+
+
+@pytest.mark.parametrize(("processes", "count"), sizes((8, 10), (16, 50)))
+def test_racing_opens_of_one_task_are_numbered_densely(database: str, processes: int, count: int) -> None:
+    given = race(database, *[("open", "job", count)] * processes)
+    total = processes * count
+    assert sorted(attempt for answers in given for attempt in answers) == list(range(1, total + 1))
+    assert all(answers == sorted(answers) for answers in given)
+    assert attempts(database, "job") == list(range(total, 0, -1))
+
+
+@pytest.mark.parametrize(("processes", "count"), sizes((8, 10), (16, 50)))
+def test_racing_opens_with_one_scheduled_time_are_different_runs(database: str, processes: int, count: int) -> None:
+    scheduled = datetime(2026, 11, 24, 3, tzinfo=UTC).isoformat()
+    given = race(database, *[("open", "job", count, scheduled)] * processes)
+    total = processes * count
+    assert sorted(attempt for answers in given for attempt in answers) == list(range(1, total + 1))
+    assert attempts(database, "job") == list(range(total, 0, -1))
+
+
+@pytest.mark.parametrize(("processes", "count"), sizes((4, 10), (16, 50)))
+def test_lock_of_a_transaction_covers_what_it_reads(database: str, processes: int, count: int) -> None:
+    given = race(database, *[("open in transactions", "job", count)] * processes)
+    pairs = sorted(pair for answers in given for pair in answers)
+    assert pairs == [[number, number + 1] for number in range(processes * count)]
+
+
+@pytest.mark.parametrize(("processes", "count", "tasks"), sizes((6, 15, 5), (20, 100, 20)))
+def test_writers_and_a_reader_do_not_hinder_each_other(
+    database: str, processes: int, count: int, tasks: int
+) -> None:
+    writers = [("open and close", tasks, count, first) for first in range(processes)]
+    race(database, *writers, ("list", tasks, count))
+    with TaskRunHistory.connect(database) as history:
+        assert history.active_runs() == []
+        latest = history.tasks()
+        assert [run.task_id for run in latest] == sorted(f"task {number}" for number in range(tasks))
+        assert sum(run.attempt for run in latest) == processes * count
+        for run in latest:
+            assert [found.attempt for found in history.iter_runs(run.task_id)] == list(range(run.attempt, 0, -1))
+
+
+@pytest.mark.parametrize("count", sizes((50,), (1000,)))
+def test_of_two_outcomes_one_wins_and_the_loser_is_told(database: str, count: int) -> None:
+    with TaskRunHistory.connect(database) as history:
+        with history.begin() as runs:
+            for _ in range(count):
+                runs.open_run("job")
+        succeeded, failed = race(database, ("close", "succeeded", count), ("close", "failed", count))
+        stored = {run.attempt: run.phase.value for run in history.iter_runs("job")}
+    assert len(succeeded) == len(failed) == count
+    for attempt, answers in enumerate(zip(succeeded, failed, strict=True), 1):
+        phase = stored[attempt]
+        assert sorted(answers) == [["lost", phase], ["won", phase]]
+
+
+@pytest.mark.parametrize(("kills", "seconds"), sizes((3, 0), (20, 2)))
+def test_killed_writer_leaves_every_acknowledged_write(database: str, kills: int, seconds: float) -> None:
+    known: dict[int, bool] = {}
+    random_moment = random.Random(2)
+    for _ in range(kills):
+        with Writer("acknowledge", database, 10_000) as writer:
+            writer.wait_until_ready()
+            writer.start()
+            time.sleep(random_moment.uniform(0.02, 0.15 + seconds))
+            acknowledged = writer.kill()
+        known |= {attempt: closed for attempt, closed in acknowledged}  # noqa: C416  (pairs are lists)
+        with TaskRunHistory.connect(database) as history:
+            stored = {run.attempt: run for run in history.iter_runs("job")}
+        for attempt, closed in known.items():
+            assert not (closed and stored[attempt].is_active), f"attempt {attempt} lost its end"
+        # One write may have been on its way when the kill came: told or not, it is whole.
+        assert set(range(1, max(stored) + 1)) == set(stored)
+        assert len(stored) - len(known) <= kills
+        for run in stored.values():
+            assert (run.phase, run.error, run.exit_code) in [
+                (TaskPhase.RUNNING, None, None),
+                (TaskPhase.FAILED, "e" * 5000, 1),
+            ]
+    assert known
+    if make_url(database).get_backend_name() == "sqlite":
+        engine = create_engine(database)
+        with engine.connect() as connection:
+            assert connection.scalar(text("PRAGMA integrity_check")) == "ok"
+        engine.dispose()
+
+
+FORKING = """
+import os, sys
+from taskruns import TaskPhase, TaskRunHistory
+history = TaskRunHistory.connect(sys.argv[1])
+with history.begin() as held:            # one connection checked out, another one idle in the pool
+    history.last_run("parent")
+    child = os.fork()
+    if child == 0:
+        for _ in range(5):
+            run = history.open_run("child")
+            history.close_run("child", run.attempt, TaskPhase.SUCCEEDED)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    if len(sys.argv) > 2:
+        held.open_run("parent")
+for _ in range(5):
+    run = history.open_run("parent")
+    history.close_run("parent", run.attempt, TaskPhase.SUCCEEDED)
+history.dispose()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_forked_child_and_its_parent_both_go_on(kind: str, database: str) -> None:
+    # SQLite has one writer at a time, so there the parent's transaction must not be a writing one.
+    code = FORKING if kind != "sqlite" else FORKING.replace("history.begin()", "history._engine.connect()")
+    arguments = ["in the transaction"] if kind != "sqlite" else []
+    done = run_command([sys.executable, "-W", "error", "-c", code, database, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    with TaskRunHistory.connect(database) as history:
+        assert [run.attempt for run in history.runs("child").runs] == [5, 4, 3, 2, 1]
+        expected = [6, 5, 4, 3, 2, 1] if arguments else [5, 4, 3, 2, 1]
+        assert [run.attempt for run in history.runs("parent").runs] == expected
+        assert [run.task_id for run in history.active_runs()] == ["parent"] * len(arguments)
+
+
+def test_threads_share_one_history(database: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with TaskRunHistory.connect(database) as history, ThreadPoolExecutor(8) as pool:
+
+        def record(_: int) -> TaskRun:
+            run = history.open_run("job")
+            return history.close_run("job", run.attempt, TaskPhase.SUCCEEDED)
+
+        assert sorted(run.attempt for run in pool.map(record, range(64))) == list(range(1, 65))

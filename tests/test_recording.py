@@ -1,0 +1,406 @@
+"""record(): what is stored of the code inside, and that it never breaks it."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
+
+from taskruns import PROBLEMS, SchemaVersionError, TaskPhase, TaskRun, TaskRunHistory, recording
+from taskruns.aio import AsyncTaskRunHistory
+from taskruns.recording import RecordedRun
+
+
+class OwnError(Exception):
+    pass
+
+
+class Mute(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        return ""
+
+
+def only_run(history: TaskRunHistory) -> TaskRun:
+    [run] = history.runs("job").runs
+    return run
+
+
+def test_body_that_ends_well_is_succeeded(history: TaskRunHistory) -> None:
+    before = datetime.now(UTC)
+    with history.record("job", source="web-1", submission="s-1") as handle:
+        running = only_run(history)
+        assert handle.run == running
+        assert handle.attempt == 1
+        assert running.phase is TaskPhase.RUNNING
+    run = only_run(history)
+    assert handle.run == run
+    assert (run.phase, run.error, run.exit_code) == (TaskPhase.SUCCEEDED, None, None)
+    assert (run.source, run.submission, run.started_at) == ("web-1", "s-1", running.started_at)
+    assert run.finished_at is not None
+    assert before <= run.started_at <= run.finished_at <= datetime.now(UTC) + timedelta(seconds=1)
+
+
+ENDS: list[tuple[BaseException, TaskPhase, str | None, int | None]] = [
+    (OwnError("boom"), TaskPhase.FAILED, "test_recording.OwnError: boom", None),
+    (ValueError("é\x00"), TaskPhase.FAILED, "ValueError: é\ufffd", None),
+    (Mute(), TaskPhase.FAILED, "test_recording.Mute", None),
+    (TimeoutError("too slow"), TaskPhase.TIMEOUT, "TimeoutError: too slow", None),
+    (KeyboardInterrupt(), TaskPhase.CANCELED, "KeyboardInterrupt", None),
+    (asyncio.CancelledError(), TaskPhase.CANCELED, "asyncio.exceptions.CancelledError", None),
+    (SystemExit(), TaskPhase.SUCCEEDED, None, 0),
+    (SystemExit(None), TaskPhase.SUCCEEDED, None, 0),
+    (SystemExit(0), TaskPhase.SUCCEEDED, None, 0),
+    (SystemExit(3), TaskPhase.FAILED, "exited with status 3", 3),
+    (SystemExit(256 + 3), TaskPhase.FAILED, "exited with status 3", 3),
+    (SystemExit(256), TaskPhase.SUCCEEDED, None, 0),
+    (SystemExit(-1), TaskPhase.FAILED, "exited with status 255", 255),
+    (SystemExit("no such file"), TaskPhase.FAILED, "no such file", 1),
+    (SystemExit(True), TaskPhase.FAILED, "exited with status 1", 1),
+]
+
+
+@pytest.mark.parametrize(("exception", "phase", "error", "exit_code"), ENDS, ids=lambda value: repr(value)[:30])
+def test_exception_is_stored_and_goes_on(
+    sqlite: str, exception: BaseException, phase: TaskPhase, error: str | None, exit_code: int | None
+) -> None:
+    with TaskRunHistory.connect(sqlite) as history:
+        with pytest.raises(type(exception)) as caught, history.record("job"):
+            raise exception
+        assert caught.value is exception
+        run = only_run(history)
+        assert (run.phase, run.error, run.exit_code) == (phase, error, exit_code)
+
+
+def test_exceptions_are_stored_on_every_database(history: TaskRunHistory) -> None:
+    for exception in (OwnError("boom"), TimeoutError("slow"), SystemExit(3)):
+        with pytest.raises(type(exception)), history.record("job"):
+            raise exception
+    assert [run.phase for run in history.runs("job").runs] == ["failed", "timeout", "failed"]
+
+
+HANDLES: list[tuple[dict[str, Any], Exception | None, TaskPhase, str | None, int | None]] = [
+    ({"exit_code": 0}, None, TaskPhase.SUCCEEDED, None, 0),
+    ({"exit_code": 4}, None, TaskPhase.FAILED, None, 4),
+    ({"error": "half done"}, None, TaskPhase.FAILED, "half done", None),
+    ({"phase": TaskPhase.CANCELED}, None, TaskPhase.CANCELED, None, None),
+    ({"phase": "exhausted", "error": "gave up"}, None, TaskPhase.EXHAUSTED, "gave up", None),
+    ({"phase": TaskPhase.SUCCEEDED, "exit_code": 1, "error": "but"}, None, TaskPhase.SUCCEEDED, None, 1),
+    ({"error": "mine"}, OwnError("boom"), TaskPhase.FAILED, "mine", None),
+    ({"phase": TaskPhase.EXHAUSTED}, OwnError("boom"), TaskPhase.EXHAUSTED, "test_recording.OwnError: boom", None),
+    ({"phase": TaskPhase.SUCCEEDED}, OwnError("boom"), TaskPhase.FAILED, "test_recording.OwnError: boom", None),
+    ({"exit_code": 7}, TimeoutError("slow"), TaskPhase.TIMEOUT, "TimeoutError: slow", 7),
+]
+
+
+@pytest.mark.parametrize(("settings", "exception", "phase", "error", "exit_code"), HANDLES)
+def test_handle_tells_what_is_not_to_be_inferred(
+    sqlite: str,
+    settings: dict[str, Any],
+    exception: Exception | None,
+    phase: TaskPhase,
+    error: str | None,
+    exit_code: int | None,
+) -> None:
+    with TaskRunHistory.connect(sqlite) as history:
+        with suppressed(exception), history.record("job") as handle:
+            for name, value in settings.items():
+                setattr(handle, name, value)
+            if exception is not None:
+                raise exception
+        run = only_run(history)
+        assert (run.phase, run.error, run.exit_code) == (phase, error, exit_code)
+
+
+@contextmanager
+def suppressed(exception: Exception | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        assert error is exception
+    else:
+        assert exception is None
+
+
+def test_duration_is_the_monotonic_clocks(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TaskRunHistory.connect(sqlite) as history:
+        with history.record("job") as handle:
+            handle._clock -= 90.5  # as if the body had taken so long, whatever the wall clock did
+        duration = only_run(history).duration
+        assert duration is not None
+        assert timedelta(seconds=90.5) <= duration < timedelta(seconds=100)
+
+
+def test_function_is_recorded_at_each_call(history: TaskRunHistory) -> None:
+    calls: list[int] = []
+
+    def double(number: int, *, by: int = 2) -> int:
+        """Return more."""
+        calls.append(number)
+        if number < 0:
+            raise OwnError("negative")
+        return number * by
+
+    if isinstance(history, TaskRunHistory):
+        recorded = history.record("job")(double)
+        assert (recorded.__name__, recorded.__doc__) == ("double", "Return more.")
+        assert (recorded(1), recorded(2, by=5)) == (2, 10)
+        with pytest.raises(OwnError, match="negative"):
+            recorded(-1)
+        assert calls == [1, 2, -1]
+        assert [run.phase for run in history.runs("job").runs] == ["failed", "succeeded", "succeeded"]
+    else:
+        with pytest.raises(TypeError, match="records coroutine functions"):
+            history.record("job")(double)
+
+
+def test_recursive_function_has_a_run_for_each_call(sqlite: str) -> None:
+    with TaskRunHistory.connect(sqlite) as history:
+
+        @history.record("job")
+        def countdown(number: int) -> int:
+            return countdown(number - 1) + 1 if number else 0
+
+        assert countdown(3) == 3
+        runs = history.runs("job").runs
+        assert [run.attempt for run in runs] == [4, 3, 2, 1]
+        assert all(run.phase is TaskPhase.SUCCEEDED for run in runs)
+        finished = [run.finished_at for run in runs if run.finished_at]
+        assert finished == sorted(finished)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_coroutine_function_is_recorded_by_both_histories(database: str, asynchronous: bool) -> None:
+    async def main() -> None:
+        history = (AsyncTaskRunHistory if asynchronous else TaskRunHistory).connect(database)
+
+        @history.record("job")
+        async def work(number: int) -> int:
+            await asyncio.sleep(0.01)
+            if number < 0:
+                raise OwnError("negative")
+            return number
+
+        assert sorted(await asyncio.gather(*(work(number) for number in range(5)))) == [0, 1, 2, 3, 4]
+        with pytest.raises(OwnError):
+            await work(-1)
+        disposal = history.dispose()
+        if disposal is not None:
+            await disposal
+
+    asyncio.run(main())
+    with TaskRunHistory.connect(database) as history:
+        phases = [run.phase for run in history.runs("job").runs]
+        assert phases == [TaskPhase.FAILED] + [TaskPhase.SUCCEEDED] * 5
+
+
+def test_sync_history_does_not_hold_up_the_event_loop(sqlite: str) -> None:
+    async def main(history: TaskRunHistory) -> str:
+        loop_thread = threading.get_ident()
+        threads = set()
+        event.listen(history._engine, "before_cursor_execute", lambda *_: threads.add(threading.get_ident()))
+
+        @history.record("job")
+        async def work() -> str:
+            return "done"
+
+        result = await work()
+        assert threads
+        assert loop_thread not in threads
+        return result
+
+    with TaskRunHistory.connect(sqlite) as history:
+        assert asyncio.run(main(history)) == "done"
+
+
+def test_generators_are_refused(history: TaskRunHistory) -> None:
+    def generator() -> Iterator[int]:
+        yield 1
+
+    async def asynchronous() -> Any:
+        yield 1
+
+    functions: list[Callable[..., Any]] = [generator, asynchronous]
+    for function in functions:
+        with pytest.raises(TypeError, match="a generator cannot be recorded"):
+            history.record("job")(function)
+
+
+def test_on_error_is_warn_or_raise(history: TaskRunHistory) -> None:
+    word: Any = "ignore"
+    with pytest.raises(ValueError, match="on_error is one of warn, raise, not 'ignore'"):
+        history.record("job", on_error=word)
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, "taskruns")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "taskruns"]
+
+
+class Down:
+    """A history whose database can be put out of use; it counts who asks."""
+
+    def __init__(self, history: TaskRunHistory) -> None:
+        self.is_down = False
+        self.asked = 0
+        event.listen(history._engine, "before_cursor_execute", self._fail)
+
+    def _fail(self, *_: object) -> None:
+        self.asked += 1
+        if self.is_down:
+            raise OperationalError("SELECT", {}, Exception("the disk is full"))
+
+
+@pytest.fixture
+def recorded(sqlite: str) -> Iterator[TaskRunHistory]:
+    with TaskRunHistory.connect(sqlite, retry_for=0.1) as history:
+        history.tasks()
+        yield history
+
+
+def test_body_runs_as_if_there_were_no_recorder(recorded: TaskRunHistory, messages: Callable[[], list[str]]) -> None:
+    down = Down(recorded)
+    down.is_down = True
+    with recorded.record("job") as handle:
+        handle.exit_code = 3
+    assert (handle.run, handle.attempt) == (None, None)
+    assert recorded.record("job")(lambda: "result")() == "result"
+    with pytest.raises(OwnError, match="mine"), recorded.record("job"):
+        raise OwnError("mine")
+    assert messages() == ["runs are not recorded at present, beginning with task 'job': the disk is full"]
+
+
+def test_error_on_closing_replaces_neither_result_nor_exception(
+    recorded: TaskRunHistory, messages: Callable[[], list[str]]
+) -> None:
+    down = Down(recorded)
+
+    @recorded.record("job")
+    def work(error: Exception | None) -> str:
+        down.is_down = True
+        if error is not None:
+            raise error
+        return "result"
+
+    assert work(None) == "result"
+    down.is_down = False
+    recorded._outage._until = 0
+    with pytest.raises(OwnError, match="mine"):
+        work(OwnError("mine"))
+    assert len(messages()) == 1
+    down.is_down = False
+    assert [run.phase for run in recorded.runs("job").runs] == [TaskPhase.RUNNING] * 2
+
+
+def test_raise_raises_the_databases_error(recorded: TaskRunHistory) -> None:
+    down = Down(recorded)
+    down.is_down = True
+    with pytest.raises(OperationalError, match="the disk is full"), recorded.record("job", on_error="raise"):
+        pytest.fail("the body must not run")
+    down.is_down = False
+    with pytest.raises(OperationalError, match="the disk is full"), recorded.record("job", on_error="raise"):
+        down.is_down = True
+    down.is_down = False
+    with pytest.raises(OwnError, match="mine"), recorded.record("job", on_error="raise"):
+        down.is_down = True
+        raise OwnError("mine")
+
+
+def test_after_a_failure_the_database_is_left_alone_for_a_while(
+    recorded: TaskRunHistory, messages: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(recording.time, "monotonic", lambda: clock[0])
+    down = Down(recorded)
+
+    def asks() -> bool:
+        before = down.asked
+        with recorded.record("job"):
+            pass
+        return down.asked > before
+
+    down.is_down = True
+    assert asks()
+    assert not asks()
+    clock[0] += recording.PAUSE - 0.01
+    assert not asks()
+    clock[0] += 0.01
+    assert asks()  # still down: not said again, another pause
+    assert not asks()
+    assert len(messages()) == 1
+    down.is_down = False
+    clock[0] += recording.PAUSE
+    assert asks()
+    assert asks()
+    assert [run.phase for run in recorded.runs("job").runs] == [TaskPhase.SUCCEEDED] * 2
+    down.is_down = True
+    assert asks()
+    assert len(messages()) == 2  # a new outage
+    assert recording.PAUSE == 30
+
+
+def test_pause_does_not_silence_who_wants_errors(recorded: TaskRunHistory) -> None:
+    down = Down(recorded)
+    down.is_down = True
+    with recorded.record("job"):
+        pass
+    with pytest.raises(OperationalError), recorded.record("job", on_error="raise"):
+        pass
+
+
+def test_database_without_tables_is_an_outage(
+    empty_database: str, histories: Any, messages: Callable[[], list[str]]
+) -> None:
+    history = histories.connect(empty_database)
+    ran = 0
+    for _ in range(3):
+        with history.record("job"):
+            ran += 1
+    assert ran == 3
+    [message] = messages()
+    assert "taskruns db upgrade" in message
+    with pytest.raises(SchemaVersionError), history.record("job", on_error="raise"):
+        pass
+
+
+def test_unreachable_server_delays_the_body_but_once(messages: Callable[[], list[str]]) -> None:
+    from servers import free_port
+
+    with TaskRunHistory.connect(f"postgresql://u:secret@127.0.0.1:{free_port()}/x", retry_for=0.2) as history:
+        for _ in range(3):
+            with history.record("job"):
+                pass
+    [message] = messages()
+    assert message.startswith("runs are not recorded at present, beginning with task 'job': ")
+    assert "secret" not in message
+
+
+def test_run_that_somebody_else_closed_is_said_and_recording_goes_on(
+    recorded: TaskRunHistory, messages: Callable[[], list[str]]
+) -> None:
+    with recorded.record("job"):
+        recorded.close_run("job", 1, TaskPhase.CANCELED)
+    [message] = messages()
+    assert "attempt 1 of task 'job' has ended already, as canceled" in message
+    with recorded.record("job"):
+        pass
+    assert recorded.last_run("job", phases=TaskPhase.SUCCEEDED)
+
+
+@pytest.mark.parametrize("name", ["", "job ", "a\x00b"])
+def test_name_that_cannot_be_recorded_is_said_and_the_body_runs(
+    recorded: TaskRunHistory, messages: Callable[[], list[str]], name: str
+) -> None:
+    with recorded.record(name) as handle:
+        pass
+    assert handle == RecordedRun(started_at=handle.started_at, _clock=handle._clock)
+    assert len(messages()) == 1
+    with recorded.record("job"):
+        pass
+    assert not recorded.last_run("job", phases=PROBLEMS)

@@ -1,0 +1,134 @@
+"""Processes that write: ``python writers.py ROLE URL …`` waits for a line on stdin, and answers in JSON lines."""
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import IO, Any, Self
+
+from taskruns import RunClosedError, TaskPhase, TaskRunHistory
+
+
+class Writer:
+    """One such process, seen from the test."""
+
+    def __init__(self, role: str, url: str, *arguments: object) -> None:
+        command = [sys.executable, Path(__file__), role, url, *map(str, arguments)]
+        self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    @staticmethod
+    def _pipe(pipe: IO[str] | None) -> IO[str]:
+        assert pipe is not None
+        return pipe
+
+    def wait_until_ready(self) -> None:
+        assert self._pipe(self.process.stdout).readline() == '"ready"\n', self.answers()
+
+    def start(self) -> None:
+        stdin = self._pipe(self.process.stdin)
+        stdin.write("go\n")
+        stdin.flush()
+
+    def kill(self) -> list[Any]:
+        """End it as ``kill -9`` does, and return what it had acknowledged."""
+        self.process.kill()
+        output = self._pipe(self.process.stdout).read()
+        return [json.loads(line) for line in output.splitlines(keepends=True) if line.endswith("\n")]
+
+    def answers(self) -> list[Any]:
+        output, errors = self.process.communicate(timeout=600)
+        assert (self.process.returncode, errors) == (0, "")
+        return [json.loads(line) for line in output.splitlines()]
+
+
+def race(url: str, *roles: tuple[object, ...]) -> list[list[Any]]:
+    """Start one process for each role, with its arguments, at the same moment; return what each answered."""
+    writers = [Writer(str(role), url, *arguments) for role, *arguments in roles]
+    try:
+        for writer in writers:
+            writer.wait_until_ready()
+        for writer in writers:
+            writer.start()
+        return [writer.answers() for writer in writers]
+    finally:
+        for writer in writers:
+            writer.__exit__()
+
+
+def say(value: object) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def opening(history: TaskRunHistory, task_id: str, count: str, started_at: str = "") -> None:
+    """Open runs of one task; the time may be the same for all processes, as that of a schedule is."""
+    moment = datetime.fromisoformat(started_at) if started_at else None
+    for _ in range(int(count)):
+        say(history.open_run(task_id, started_at=moment).attempt)
+
+
+def opening_in_transactions(history: TaskRunHistory, task_id: str, count: str) -> None:
+    for _ in range(int(count)):
+        with history.begin(lock=task_id) as runs:
+            last = runs.last_run(task_id)
+            run = runs.open_run(task_id)
+        say([last.attempt if last else 0, run.attempt])
+
+
+def opening_and_closing(history: TaskRunHistory, tasks: str, count: str, first: str) -> None:
+    for number in range(int(count)):
+        run = history.open_run(f"task {(int(first) + number) % int(tasks)}")
+        history.close_run(run.task_id, run.attempt, TaskPhase.SUCCEEDED)
+    say(int(count))
+
+
+def listing(history: TaskRunHistory, tasks: str, count: str) -> None:
+    for number in range(int(count)):
+        history.tasks()
+        history.active_runs()
+        history.runs(f"task {number % int(tasks)}", limit=5)
+    say(int(count))
+
+
+def closing(history: TaskRunHistory, phase: str, count: str) -> None:
+    """Close runs 1 to ``count`` in step with the others: by the clock of the database's own answers."""
+    for attempt in range(1, int(count) + 1):
+        try:
+            run = history.close_run("job", attempt, TaskPhase(phase))
+        except RunClosedError as error:
+            say(["lost", error.run.phase])
+        else:
+            say(["won", run.phase])
+
+
+def acknowledging(history: TaskRunHistory, count: str) -> None:
+    for _ in range(int(count)):
+        run = history.open_run("job")
+        say([run.attempt, False])
+        history.close_run("job", run.attempt, TaskPhase.FAILED, error="e" * 5000, exit_code=1)
+        say([run.attempt, True])
+
+
+ROLES = {
+    "open": opening,
+    "open in transactions": opening_in_transactions,
+    "open and close": opening_and_closing,
+    "list": listing,
+    "close": closing,
+    "acknowledge": acknowledging,
+}
+
+if __name__ == "__main__":
+    role, url, *arguments = sys.argv[1:]
+    with TaskRunHistory.connect(url, source="here") as history:
+        history.last_run("nothing")  # connected before the race begins
+        say("ready")
+        sys.stdin.readline()
+        ROLES[role](history, *arguments)
