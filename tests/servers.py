@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from sqlalchemy import URL, Engine, create_engine, make_url, text
@@ -39,10 +39,10 @@ def free_port() -> int:
         return port
 
 
-def as_user(user: str, *command: str | Path) -> list[str]:
-    """PostgreSQL and PgBouncer refuse to run as root."""
-    prefix = ["runuser", "-u", user, "--"] if sys.platform != "win32" and os.geteuid() == 0 else []
-    return [*prefix, *map(str, command)]
+def as_user(user: str) -> dict[str, Any]:
+    """Arguments of a subprocess: PostgreSQL and PgBouncer refuse to run as root."""
+    is_root = sys.platform != "win32" and os.geteuid() == 0
+    return {"user": user, "group": user, "extra_groups": []} if is_root else {}
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -84,27 +84,18 @@ def _own_postgresql() -> Iterator[URL]:
     pg_ctl = Path(initdb).resolve().with_name("pg_ctl")
     port = free_port()
     with own_directory("postgres") as directory:
-        data = directory / "data"
-        subprocess.run(
-            as_user(
-                "postgres", initdb, "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"
-            ),
-            check=True,
-            capture_output=True,
-        )
+        data, log = directory / "data", directory / "log"
+
+        def run(*command: str | Path) -> None:
+            subprocess.run(command, check=True, cwd=directory, stdout=subprocess.DEVNULL, **as_user("postgres"))
+
+        run(initdb, "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync")
         settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={directory} -c fsync=off"
-        log = directory / "log"
-        subprocess.run(
-            as_user("postgres", pg_ctl, "-D", data, "-w", "-l", log, "-o", settings, "start"),
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        run(pg_ctl, "-D", data, "-w", "-l", log, "-o", settings, "start")
         try:
             yield make_url(_USUAL["postgresql"]).set(port=port)
         finally:
-            subprocess.run(
-                as_user("postgres", pg_ctl, "-D", data, "-m", "immediate", "stop"), check=True, stdout=subprocess.DEVNULL
-            )
+            run(pg_ctl, "-D", data, "-m", "immediate", "stop")
 
 
 @contextmanager
@@ -218,7 +209,8 @@ class Databases:
                 history.upgrade()
             self._migrated[kind] = url
             if kind != "sqlite":
-                self._owners[kind] = create_engine(url, isolation_level="AUTOCOMMIT")
+                # Some tests cut all connections, this one too.
+                self._owners[kind] = create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
                 self._stack.callback(self._owners[kind].dispose)
         if kind == "sqlite":
             template = str(make_url(self._migrated[kind]).database)

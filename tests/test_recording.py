@@ -136,7 +136,7 @@ def test_duration_is_the_monotonic_clocks(sqlite: str, monkeypatch: pytest.Monke
         assert timedelta(seconds=90.5) <= duration < timedelta(seconds=100)
 
 
-def test_function_is_recorded_at_each_call(history: TaskRunHistory) -> None:
+def test_function_is_recorded_at_each_call(database: str) -> None:
     calls: list[int] = []
 
     def double(number: int, *, by: int = 2) -> int:
@@ -146,7 +146,7 @@ def test_function_is_recorded_at_each_call(history: TaskRunHistory) -> None:
             raise OwnError("negative")
         return number * by
 
-    if isinstance(history, TaskRunHistory):
+    with TaskRunHistory.connect(database) as history:
         recorded = history.record("job")(double)
         assert (recorded.__name__, recorded.__doc__) == ("double", "Return more.")
         assert (recorded(1), recorded(2, by=5)) == (2, 10)
@@ -154,9 +154,6 @@ def test_function_is_recorded_at_each_call(history: TaskRunHistory) -> None:
             recorded(-1)
         assert calls == [1, 2, -1]
         assert [run.phase for run in history.runs("job").runs] == ["failed", "succeeded", "succeeded"]
-    else:
-        with pytest.raises(TypeError, match="records coroutine functions"):
-            history.record("job")(double)
 
 
 def test_recursive_function_has_a_run_for_each_call(sqlite: str) -> None:
@@ -218,17 +215,23 @@ def test_sync_history_does_not_hold_up_the_event_loop(sqlite: str) -> None:
         assert asyncio.run(main(history)) == "done"
 
 
-def test_generators_are_refused(history: TaskRunHistory) -> None:
+@pytest.mark.parametrize("history_class", [TaskRunHistory, AsyncTaskRunHistory])
+def test_generators_are_refused(sqlite: str, history_class: Any) -> None:
     def generator() -> Iterator[int]:
         yield 1
 
     async def asynchronous() -> Any:
         yield 1
 
-    functions: list[Callable[..., Any]] = [generator, asynchronous]
-    for function in functions:
+    for function in (generator, asynchronous):
         with pytest.raises(TypeError, match="a generator cannot be recorded"):
-            history.record("job")(function)
+            history_class.connect(sqlite).record("job")(function)
+
+
+def test_asynchronous_history_refuses_a_plain_function(sqlite: str) -> None:
+    function: Any = len
+    with pytest.raises(TypeError, match="records coroutine functions"):
+        AsyncTaskRunHistory.connect(sqlite).record("job")(function)
 
 
 def test_on_error_is_warn_or_raise(history: TaskRunHistory) -> None:
@@ -293,7 +296,7 @@ def test_error_on_closing_replaces_neither_result_nor_exception(
     recorded._outage._until = 0
     with pytest.raises(OwnError, match="mine"):
         work(OwnError("mine"))
-    assert len(messages()) == 1
+    assert len(messages()) == 2
     down.is_down = False
     assert [run.phase for run in recorded.runs("job").runs] == [TaskPhase.RUNNING] * 2
 

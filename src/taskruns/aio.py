@@ -14,6 +14,7 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from taskruns import engine, migrate
+from taskruns.engine import OnRetry, Retry
 from taskruns.history import PAGE, RETRY_FOR, Operation
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
@@ -103,8 +104,16 @@ class AsyncTaskRunRepository:
 class AsyncTaskRunHistory:
     """The twin of :class:`taskruns.TaskRunHistory`. Belongs to the event loop that first uses it."""
 
-    def __init__(self, engine: AsyncEngine, *, source: str | None = None, retry_for: float = RETRY_FOR) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        *,
+        source: str | None = None,
+        retry_for: float = RETRY_FOR,
+        on_retry: OnRetry | None = None,
+    ) -> None:
         self._engine = engine
+        self._on_retry = on_retry
         self._source = socket.gethostname() if source is None else source
         self._retry_for = retry_for
         self._outage = Outage()
@@ -119,6 +128,7 @@ class AsyncTaskRunHistory:
         read_only: bool = False,
         lock_timeout: float = engine.LOCK_TIMEOUT,
         retry_for: float = RETRY_FOR,
+        on_retry: OnRetry | None = None,
     ) -> Self:
         """Return the history in a database: see :meth:`taskruns.TaskRunHistory.connect`. Not awaited."""
         parsed = engine.parse_url(url, drivers=engine.ASYNC_DRIVERS)
@@ -126,7 +136,7 @@ class AsyncTaskRunHistory:
         with engine.driver_needed(parsed):
             own = create_async_engine(options.pop("url"), **options)
         engine.prepared(own.sync_engine, parsed, read_only=read_only)
-        return cls(own, source=source, retry_for=retry_for)
+        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry)
 
     async def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
@@ -260,7 +270,7 @@ class AsyncTaskRunHistory:
         return await self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     async def _call(self, operation: Operation[T]) -> T:
-        retry = engine.Retry()
+        retry = Retry(self._on_retry)
         try:
             return await self._call_once(operation, retry)
         except Exception as error:
@@ -271,7 +281,7 @@ class AsyncTaskRunHistory:
         again = AsyncRetrying(**retry.policy(self._retry_for))
         return await again(self._call_once, operation, retry)
 
-    async def _call_once(self, operation: Operation[T], retry: engine.Retry) -> T:
+    async def _call_once(self, operation: Operation[T], retry: Retry) -> T:
         async with self._engine.connect() as connection:
             await self._require_current(connection)
             return await connection.run_sync(operation, retry.lost)

@@ -6,7 +6,7 @@ import sqlite3
 import stat
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -275,16 +275,25 @@ def is_refusal(error: BaseException) -> bool:
     return bool(cause is not None and cause.args and cause.args[0] in _TRANSIENT_MYSQL_ERRORS)
 
 
+OnRetry = Callable[[BaseException], None]
+"""What is told of an error after which a call is tried again."""
+
+
 class Retry:
     """The tries of one call: which errors are worth another, and whether an answer was lost on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_retry: OnRetry | None = None) -> None:
         self.lost = False
+        self._on_retry = on_retry
 
     def is_worth_it(self, error: BaseException) -> bool:
         """Whether to try again after ``error``."""
         self.lost = self.lost or is_lost(error)
-        return is_transient(error)
+        if not is_transient(error):
+            return False
+        if self._on_retry is not None:
+            self._on_retry(error)
+        return True
 
     def policy(self, seconds: float) -> dict[str, Any]:
         """Return the arguments of tenacity's retrying, which waits longer from try to try, at random."""

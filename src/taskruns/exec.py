@@ -9,21 +9,35 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
 from tenacity import Retrying
 
-from taskruns import engine, process
+from taskruns import process
+from taskruns.engine import OnRetry, Retry
 from taskruns.history import TaskRunHistory
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.process import Ended, Signals
 from taskruns.recording import cause_of
 
 PATIENCE = 5.0
-"""Seconds that a command and its retries are held up by a database, in all."""
+"""Seconds that a command and its retries are held up by a database, in all.
+
+On a machine with more than ``CROWD`` processes waiting for each processor they grow with these, up to
+``MOST_PATIENCE``: what passes there is not the database's time. 400 wrappers at once need it to record their ends.
+"""
+
+MOST_PATIENCE = 60.0
+
+CROWD = 4
 
 OPENING_PATIENCE = 2.0
 """Seconds of these for a start, so that some are left for its end."""
+
+
+Connect = Callable[[OnRetry], TaskRunHistory]
+"""Opens the history; its calls tell of each transient error. It may take its time, and it may fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +62,12 @@ class Plan:
     """Whether the end of standard error becomes the error of a failed run."""
 
 
-def execute(plan: Plan, connect: Callable[[], TaskRunHistory], say: Callable[[str], None]) -> int:
+def execute(plan: Plan, connect: Connect, say: Callable[[str], None]) -> int:
     """Run the command, up to ``plan.retries`` times again until it succeeds, and return the exit status.
 
     Args:
         plan: What to run and how.
-        connect: Opens the history; called in another thread, it may take its time and it may fail.
+        connect: Opens the history, in another thread.
         say: Takes a line for the user.
     """
     with Signals() as signals:
@@ -133,14 +147,21 @@ def _sleep(seconds: float, signals: Signals) -> bool:
     return signals.stopped_by is not None
 
 
+def _patience() -> float:
+    crowd = os.getloadavg()[0] / (os.cpu_count() or 1) / CROWD
+    return min(max(PATIENCE, PATIENCE * crowd), MOST_PATIENCE)
+
+
 class _Recorder:
     """Records runs with a bounded patience, and says once if one cannot be recorded."""
 
-    def __init__(self, connect: Callable[[], TaskRunHistory], signals: Signals, say: Callable[[str], None]) -> None:
-        self._connect = connect
+    def __init__(self, connect: Connect, signals: Signals, say: Callable[[str], None]) -> None:
+        # One history for all attempts: what it has learned of the database is not asked again.
+        self._connect = cache(lambda: connect(self._note))
+        self._trouble = "the database does not answer"
         self._signals = signals
         self._say = say
-        self._patience = PATIENCE
+        self._spent = 0.0
         self._is_said = False
 
     def open(self, plan: Plan, submission: str | None, source_attempt: int | None) -> "_Record":
@@ -149,25 +170,29 @@ class _Recorder:
         record.begin()
         self._wait(record.is_open, OPENING_PATIENCE, stop_early=True)
         record.start_anyway()
-        if record.run is None and record.overlaps is None and self._signals.stopped_by is None:
-            self._warn(record.failure or "the database does not answer")
+        if record.failure is not None:
+            self._warn(record.failure)
         return record
 
     def close(self, record: "_Record", phase: TaskPhase, error: str | None, exit_code: int) -> None:
         """Record how an attempt ended, and wait a while until it is written."""
         record.end(phase, error, exit_code)
-        self._wait(record.is_done, PATIENCE, stop_early=False)
+        self._wait(record.is_done, MOST_PATIENCE, stop_early=False)
         if not record.is_written:
-            self._warn(record.failure or "the database does not answer")
+            self._warn(record.failure or self._trouble)
+
+    def _note(self, error: BaseException) -> None:
+        self._trouble = cause_of(error)
 
     def _wait(self, event: threading.Event, most: float, *, stop_early: bool) -> None:
         began = time.monotonic()
-        until = began + min(most, self._patience)
-        while not event.is_set() and (left := until - time.monotonic()) > 0:
-            if stop_early and self._signals.stopped_by is not None:
+        while not event.is_set() and not (stop_early and self._signals.stopped_by is not None):
+            waited = time.monotonic() - began
+            left = min(most - waited, _patience() - self._spent - waited)
+            if left <= 0:
                 break
-            self._signals.wait(left)
-        self._patience = max(0.0, self._patience - (time.monotonic() - began))
+            self._signals.wait(min(left, 1.0))
+        self._spent += time.monotonic() - began
 
     def _warn(self, why: str) -> None:
         if not self._is_said:
@@ -244,8 +269,8 @@ class _Record:
         self._wake()
 
     def _attempt(self, step: Callable[[TaskRunHistory], None]) -> None:
+        """Do a step and hold no connection after it: there may be more commands running than connections."""
         try:
-            # No connection is held while the command runs: there may be more commands than connections.
             with self._connect() as history:
                 step(history)
         except Exception as error:  # noqa: BLE001  (whatever it is, the command goes on)
@@ -256,7 +281,7 @@ class _Record:
     def _open(self, history: TaskRunHistory) -> None:
         self._starts_now()
         if self._plan.no_overlap:
-            self.run = Retrying(**engine.Retry().policy(math.inf))(self._open_unless_active, history)
+            self.run = Retrying(**Retry().policy(math.inf))(self._open_unless_active, history)
         else:
             self.run = history.open_run(self._plan.task_id, **self._start)
 

@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 from sqlalchemy import URL, Connection, Engine
 
 from taskruns import engine, migrate
+from taskruns.engine import OnRetry, Retry
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
 from taskruns.repository import Phases, RunPage, Start, TaskRunRepository, close_alone, open_alone
@@ -32,8 +33,16 @@ class TaskRunHistory:
     again for up to ``retry_for`` seconds, safely: a start whose answer was lost is looked for before it is repeated.
     """
 
-    def __init__(self, engine: Engine, *, source: str | None = None, retry_for: float = RETRY_FOR) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        source: str | None = None,
+        retry_for: float = RETRY_FOR,
+        on_retry: OnRetry | None = None,
+    ) -> None:
         self._engine = engine
+        self._on_retry = on_retry
         self._source = socket.gethostname() if source is None else source
         self._retry_for = retry_for
         self._outage = Outage()
@@ -48,6 +57,7 @@ class TaskRunHistory:
         read_only: bool = False,
         lock_timeout: float = engine.LOCK_TIMEOUT,
         retry_for: float = RETRY_FOR,
+        on_retry: OnRetry | None = None,
     ) -> Self:
         """Return the history in a database. Nothing is opened before it is needed.
 
@@ -58,13 +68,14 @@ class TaskRunHistory:
             read_only: Open an SQLite file, which must exist, to read it only; on a server the role decides.
             lock_timeout: Seconds to wait for another writer of an SQLite file.
             retry_for: Seconds for which a call goes on trying after a transient error.
+            on_retry: Called with each transient error before the next try.
 
         Raises:
             ValueError: the URL is not that of a supported database.
             ModuleNotFoundError: its driver is not installed; the message names the extra that brings it.
         """
         own = engine.create(url, read_only=read_only, lock_timeout=lock_timeout)
-        return cls(own, source=source, retry_for=retry_for)
+        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry)
 
     def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
@@ -195,7 +206,7 @@ class TaskRunHistory:
         return self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     def _call(self, operation: Operation[T]) -> T:
-        retry = engine.Retry()
+        retry = Retry(self._on_retry)
         try:
             return self._call_once(operation, retry)
         except Exception as error:
@@ -207,7 +218,7 @@ class TaskRunHistory:
         result: T = again(self._call_once, operation, retry)
         return result
 
-    def _call_once(self, operation: Operation[T], retry: engine.Retry) -> T:
+    def _call_once(self, operation: Operation[T], retry: Retry) -> T:
         with self._engine.connect() as connection:
             self._require_current(connection)
             return operation(connection, retry.lost)

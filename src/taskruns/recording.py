@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from taskruns.errors import SchemaVersionError
 from taskruns.model import TaskPhase, TaskRun, checked_phase
@@ -236,5 +236,6 @@ def _refuse_generator(function: Callable[..., Any]) -> None:
 
 def cause_of(error: BaseException) -> str:
     """Return the first line of what a database said, without the statement and its values."""
-    text = str(getattr(error, "orig", None) or error).strip()
+    cause = getattr(error, "orig", None) or error
+    text = str(cause.args[1] if isinstance(error, DBAPIError) and len(cause.args) > 1 else cause).strip()
     return text.splitlines()[0] if text else type(error).__name__

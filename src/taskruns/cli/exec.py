@@ -93,6 +93,6 @@ def exec_command(
     )
     option = click.get_current_context().find_root().obj
     say: Callable[[str], None] = (lambda _line: None) if quiet else complain
-    status = execution.execute(plan, lambda: Database.find(option).writing(retry_for=math.inf), say)
+    status = execution.execute(plan, lambda note: Database.find(option).writing(retry_for=math.inf, on_retry=note), say)
     # A database call that hangs in its thread must not keep the process.
     os._exit(status)
