@@ -29,6 +29,13 @@ def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
     found.close()
 
 
+@pytest.fixture(autouse=True)
+def reclaimed(databases: Databases) -> Iterator[None]:
+    """Have databases that a test has borrowed emptied for the next one."""
+    yield
+    databases.reclaim()
+
+
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, databases: Databases) -> str:
     """A kind of database."""

@@ -6,7 +6,8 @@ from taskruns import TaskRunHistory
 
 if __name__ == "__main__":
     with TaskRunHistory.connect(sys.argv[1]) as history:
-        print("ready", flush=True)
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
         sys.stdin.readline()
         history.upgrade()
         history.check_version()

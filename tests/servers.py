@@ -1,6 +1,5 @@
 """The databases of the tests: on servers that are given or found, else on throw-away servers of their own."""
 
-import glob
 import os
 import shutil
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from sqlalchemy import URL, Engine, create_engine, make_url, text
+from sqlalchemy import URL, Engine, create_engine, inspect, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from taskruns import TaskRunHistory
@@ -77,7 +76,9 @@ def _answers(url: URL) -> bool:
 
 @contextmanager
 def _own_postgresql() -> Iterator[URL]:
-    directories = [*glob.glob("/usr/lib/postgresql/*/bin"), *glob.glob("/opt/homebrew/opt/postgresql*/bin")]
+    root = Path("/")
+    places = ["usr/lib/postgresql/*/bin", "opt/homebrew/opt/postgresql*/bin"]
+    directories = [str(directory) for place in places for directory in root.glob(place)]
     initdb = shutil.which("initdb", path=os.pathsep.join([*sorted(directories, reverse=True), os.environ["PATH"]]))
     if initdb is None:
         raise MissingServerError(f"no PostgreSQL at 127.0.0.1:5432, no {_GIVEN['postgresql']}, no initdb")
@@ -169,6 +170,8 @@ class Databases:
         self._admins: dict[str, Engine] = {}
         self._migrated: dict[str, str] = {}
         self._owners: dict[str, Engine] = {}
+        self._lent: list[tuple[str, str]] = []
+        self._free: dict[str, list[str]] = {"postgresql": [], "mariadb": []}
         self._count = 0
 
     def close(self) -> None:
@@ -189,7 +192,25 @@ class Databases:
         return self._admins[kind]
 
     def empty(self, kind: str) -> str:
-        """A new database without tables."""
+        """A database without tables, for one test."""
+        if kind == "sqlite":
+            return self._new(kind)
+        url = self._free[kind].pop() if self._free[kind] else self._new(kind)
+        self._lent.append((kind, url))
+        return url
+
+    def reclaim(self) -> None:
+        """Empty what was lent, since making and dropping a database takes a server far longer."""
+        while self._lent:
+            kind, url = self._lent.pop()
+            engine = create_engine(url, isolation_level="AUTOCOMMIT")
+            with engine.connect() as connection:
+                for name in inspect(connection).get_table_names():
+                    connection.execute(text(f"DROP TABLE {name}"))
+            engine.dispose()
+            self._free[kind].append(url)
+
+    def _new(self, kind: str) -> str:
         self._count += 1
         name = f"{self._name}_{self._count}"
         if kind == "sqlite":
@@ -204,7 +225,7 @@ class Databases:
     def migrated(self, kind: str) -> str:
         """A database with the tables, which are empty: on a server the same one for every test."""
         if kind not in self._migrated:
-            url = self.empty(kind)
+            url = self._new(kind)
             with TaskRunHistory.connect(url) as history:
                 history.upgrade()
             self._migrated[kind] = url

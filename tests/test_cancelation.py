@@ -122,10 +122,14 @@ def test_cancelation_while_closing_waits_for_the_end(database: str) -> None:
 def test_cancelation_in_a_transaction_rolls_it_back(database: str) -> None:
     async def scenario() -> None:
         async with AsyncTaskRunHistory.connect(database) as history:
-            with pytest.raises(TimeoutError):
+
+            async def open_and_wait() -> None:
                 async with asyncio.timeout(0.2), history.begin() as runs:
                     await runs.open_run("job")
                     await asyncio.sleep(60)
+
+            with pytest.raises(TimeoutError):
+                await open_and_wait()
             assert await history.tasks() == []
             await history.open_run("job")
 

@@ -27,9 +27,15 @@ RANKS = {TaskPhase.FAILED: 1, TaskPhase.EXHAUSTED: 2, TaskPhase.TIMEOUT: 3}
 def store(url: str, **values: Any) -> TaskRun:
     """Put a row there as another program would."""
     engine = create_engine(url)
-    row = {"task_id": "job", "attempt": 1, "phase": TaskPhase.RUNNING, "started_at": NOON, "recovered": False}
+    row: dict[str, Any] = {
+        "task_id": "job",
+        "attempt": 1,
+        "phase": TaskPhase.RUNNING,
+        "started_at": NOON,
+        "recovered": False,
+    }
     with engine.begin() as connection:
-        connection.execute(insert(task_runs).values(row | values))
+        connection.execute(insert(task_runs).values({"recovered": False} | row | values))
     engine.dispose()
     return TaskRun(**(row | values))
 
@@ -299,10 +305,15 @@ def test_transaction_commits_several_calls_at_once(database: str, history: TaskR
 
 def test_transaction_is_rolled_back_by_an_exception(history: TaskRunHistory) -> None:
     history.open_run("job")
-    with pytest.raises(RuntimeError, match="host"), history.begin() as runs:
-        runs.close_run("job", 1, TaskPhase.SUCCEEDED)
-        runs.open_run("job")
-        raise RuntimeError("host")
+
+    def fail_at_the_end() -> None:
+        with history.begin() as runs:
+            runs.close_run("job", 1, TaskPhase.SUCCEEDED)
+            runs.open_run("job")
+            raise RuntimeError("host")
+
+    with pytest.raises(RuntimeError, match="host"):
+        fail_at_the_end()
     assert [(run.attempt, run.is_active) for run in history.runs("job").runs] == [(1, True)]
 
 

@@ -79,7 +79,11 @@ def test_password_is_hidden_wherever_it_stands() -> None:
 
 @pytest.mark.parametrize(
     ("url", "module", "extra"),
-    [("postgresql://h/d", "psycopg", "postgres"), ("mysql://h/d", "pymysql", "mysql"), ("mariadb://h/d", "pymysql", "mysql")],
+    [
+        ("postgresql://h/d", "psycopg", "postgres"),
+        ("mysql://h/d", "pymysql", "mysql"),
+        ("mariadb://h/d", "pymysql", "mysql"),
+    ],
 )
 def test_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch, url: str, module: str, extra: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)

@@ -16,7 +16,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from servers import Databases
-from sqlalchemy import Engine, create_engine, inspect, make_url, text
+from sqlalchemy import Connection, Engine, Inspector, create_engine, inspect, make_url, text
 
 from taskruns import TaskRunHistory, engine, migrate
 from taskruns.aio import AsyncTaskRunHistory
@@ -61,18 +61,27 @@ def shape(url: str) -> dict[str, Any]:
             ],
             "key": inspector.get_pk_constraint("task_runs"),
             "checks": sorted(map(str, inspector.get_check_constraints("task_runs"))),
-            "indexes": sorted(str(index) for index in inspector.get_indexes("task_runs")),
+            "indexes": sorted(
+                str(
+                    {
+                        **index,
+                        "dialect_options": {key: str(value) for key, value in index.get("dialect_options", {}).items()},
+                    }
+                )
+                for index in inspector.get_indexes("task_runs")
+            ),
             "options": inspector.get_table_options("task_runs"),
         }
         if own.dialect.name == "sqlite":
-            query = "SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'task_runs' ORDER BY name"
-            found["created"] = [tuple(row) for row in connection.execute(text(query))]
+            query = "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'task_runs' ORDER BY name"
+            found["created"] = [(row.name, " ".join(row.sql.split())) for row in connection.execute(text(query))]
         elif own.dialect.name == "postgresql":
             query = "SELECT indexdef FROM pg_indexes WHERE tablename = 'task_runs' ORDER BY 1"
             found["created"] = connection.scalars(text(query)).all()
             found["storage"] = connection.scalar(text("SELECT reloptions FROM pg_class WHERE relname = 'task_runs'"))
         else:
-            found["created"] = connection.execute(text("SHOW CREATE TABLE task_runs")).one()[1]
+            lines = str(connection.execute(text("SHOW CREATE TABLE task_runs")).one()[1]).splitlines()
+            found["created"] = sorted(line.rstrip(",") for line in lines)  # the order of indexes says nothing
     own.dispose()
     return found
 
@@ -163,6 +172,7 @@ def test_commands_from_the_repository_root(own: Engine, empty_database: str, mon
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -170,7 +180,6 @@ def test_commands_from_the_repository_root(own: Engine, empty_database: str, mon
     alembic("upgrade", "head")
     assert version(own) == SCHEMA_VERSION
     assert "No new upgrade operations detected" in alembic("check")
-    assert SCHEMA_VERSION in alembic("current")
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "postgresql://u:p%40ss@h/d", "mariadb://u:p%40ss@h/d", "mysql://h/d"])
@@ -187,9 +196,9 @@ def test_offline_sql_touches_no_database(url: str) -> None:
 def test_offline_sql_builds_the_same_tables(empty_database: str, own: Engine, kind: str, databases: Databases) -> None:
     script = migrate.sql(engine.parse_url(empty_database))
     if kind == "sqlite":
-        with sqlite3.connect(str(own.url.database)) as connection:
-            connection.executescript(script)
-        connection.close()
+        file = sqlite3.connect(str(own.url.database))
+        file.executescript(script)
+        file.close()
     else:
         raw = own.raw_connection()
         cursor = raw.cursor()
@@ -239,6 +248,19 @@ def test_processes_upgrade_one_database_at_once(own: Engine, empty_database: str
     assert version(own) == SCHEMA_VERSION
     with own.connect() as connection:
         assert migrate.check(connection) == []
+
+
+def test_version_table_that_appears_in_between_is_read(
+    own: Engine, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def upgrade_first(connection: Connection) -> Inspector:
+        monkeypatch.undo()
+        with TaskRunHistory.connect(empty_database) as other:
+            other.upgrade()
+        return inspect(connection)
+
+    monkeypatch.setattr(migrate, "inspect", upgrade_first)
+    assert version(own) == SCHEMA_VERSION
 
 
 def test_histories_upgrade_at_once_in_one_event_loop(databases: Databases, kind: str) -> None:

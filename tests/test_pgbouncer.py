@@ -72,7 +72,7 @@ def answers(url: str) -> bool:
     engine = create_engine(plain)
     try:
         with engine.connect() as connection:
-            return connection.scalar(text("SELECT 1")) == 1
+            return bool(connection.scalar(text("SELECT 1")))
     except OperationalError:
         return False
     finally:

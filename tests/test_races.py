@@ -14,6 +14,7 @@ from writers import Writer, race
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory
 
+
 def sizes(small: tuple[int, ...], large: tuple[int, ...]) -> Any:
     return [pytest.param(*small, id="small"), pytest.param(*large, id="large", marks=pytest.mark.soak)]
 
@@ -32,7 +33,7 @@ def test_racing_opens_of_one_task_are_numbered_densely(database: str, processes:
     assert attempts(database, "job") == list(range(total, 0, -1))
 
 
-@pytest.mark.parametrize(("processes", "count"), sizes((8, 10), (16, 50)))
+@pytest.mark.parametrize(("processes", "count"), sizes((5, 10), (16, 50)))
 def test_racing_opens_with_one_scheduled_time_are_different_runs(database: str, processes: int, count: int) -> None:
     scheduled = datetime(2026, 11, 24, 3, tzinfo=UTC).isoformat()
     given = race(database, *[("open", "job", count, scheduled)] * processes)
@@ -49,9 +50,7 @@ def test_lock_of_a_transaction_covers_what_it_reads(database: str, processes: in
 
 
 @pytest.mark.parametrize(("processes", "count", "tasks"), sizes((6, 15, 5), (20, 100, 20)))
-def test_writers_and_a_reader_do_not_hinder_each_other(
-    database: str, processes: int, count: int, tasks: int
-) -> None:
+def test_writers_and_a_reader_do_not_hinder_each_other(database: str, processes: int, count: int, tasks: int) -> None:
     writers = [("open and close", tasks, count, first) for first in range(processes)]
     race(database, *writers, ("list", tasks, count))
     with TaskRunHistory.connect(database) as history:
@@ -135,7 +134,9 @@ def test_forked_child_and_its_parent_both_go_on(kind: str, database: str) -> Non
     # SQLite has one writer at a time, so there the parent's transaction must not be a writing one.
     code = FORKING if kind != "sqlite" else FORKING.replace("history.begin()", "history._engine.connect()")
     arguments = ["in the transaction"] if kind != "sqlite" else []
-    done = run_command([sys.executable, "-W", "error", "-c", code, database, *arguments], capture_output=True, text=True)
+    done = run_command(
+        [sys.executable, "-W", "error", "-c", code, database, *arguments], check=False, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     with TaskRunHistory.connect(database) as history:
         assert [run.attempt for run in history.runs("child").runs] == [5, 4, 3, 2, 1]

@@ -59,7 +59,7 @@ def test_last_run_of_some_phases(history: TaskRunHistory) -> None:
     history.open_run("job")
     found = [
         history.last_run("job", phases=phases)
-        for phases in (TaskPhase.SUCCEEDED, PROBLEMS, [TaskPhase.FAILED], (TaskPhase.RUNNING,), "canceled", [])
+        for phases in (TaskPhase.SUCCEEDED, PROBLEMS, [TaskPhase.FAILED], (TaskPhase.RUNNING,), TaskPhase.CANCELED, [])
     ]
     assert [run and run.attempt for run in found] == [3, 4, 2, 5, None, None]
 

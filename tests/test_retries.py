@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from histories import Histories
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import Engine, Transaction, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from taskruns import TaskPhase, TaskRunHistory, engine
@@ -94,7 +94,7 @@ def test_connection_cut_in_the_middle_of_a_call_is_tried_again(
     with admin.connect() as blocker:
         transaction = blocker.execution_options(isolation_level="READ COMMITTED").begin()
         blocker.execute(text("SELECT * FROM task_runs WHERE task_id = 'job' FOR UPDATE"))
-        blocked = threading.Timer(0.3, lambda: (cut_waiting(held), transaction.rollback()))
+        blocked = threading.Timer(0.3, cut_and_release, [held, transaction])
         blocked.start()
         closed = history.close_run("job", 1, TaskPhase.FAILED, error="boom")
         blocked.join()
@@ -102,6 +102,13 @@ def test_connection_cut_in_the_middle_of_a_call_is_tried_again(
     assert history.get_run("job", 1) == closed
     assert closed.error == "boom"
     admin.dispose()
+
+
+def cut_and_release(connection: Any, blocking: Transaction) -> None:
+    try:
+        cut_waiting(connection)
+    finally:
+        blocking.rollback()
 
 
 def cut_waiting(connection: Any) -> None:

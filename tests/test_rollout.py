@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, inspect, text
+from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, create_engine, inspect, text
 
-from taskruns import SchemaVersionError, TaskPhase, TaskRunHistory, TaskRunRepository, engine, migrate
+from taskruns import RunClosedError, SchemaVersionError, TaskPhase, TaskRunHistory, TaskRunRepository, engine, migrate
 from taskruns.schema import SCHEMA_VERSION, VERSION_TABLE
 
-LATER = '''
+LATER = """
 import sqlalchemy as sa
 from alembic import op
 
@@ -31,7 +31,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     raise NotImplementedError
-'''
+"""
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ ORDERS = Table("orders", HOST, Column("id", Integer, primary_key=True), Column("
 def differences(own: Engine, metadata: MetaData, **options: Any) -> list[Any]:
     with own.connect() as connection:
         context = MigrationContext.configure(connection, opts=options)
-        return compare_metadata(context, metadata)
+        return list(compare_metadata(context, metadata))
 
 
 @pytest.fixture
@@ -193,12 +193,34 @@ def test_repository_joins_a_hosts_transaction(host: Engine) -> None:
         runs = TaskRunRepository(connection, source="host")
         connection.execute(ORDERS.insert().values(id=1, name="first"))
         run = runs.open_run("order")
-    with host.connect() as connection, pytest.raises(RuntimeError), engine.transaction(connection):
-        connection.execute(ORDERS.insert().values(id=2, name="second"))
-        TaskRunRepository(connection).open_run("order")
-        raise RuntimeError
+
+    def fail_at_the_end() -> None:
+        with host.connect() as connection, engine.transaction(connection):
+            connection.execute(ORDERS.insert().values(id=2, name="second"))
+            TaskRunRepository(connection).open_run("order")
+            raise RuntimeError("host")
+
+    with pytest.raises(RuntimeError, match="host"):
+        fail_at_the_end()
     with host.connect() as connection:
         assert connection.scalars(text("SELECT name FROM orders")).all() == ["first"]
         assert TaskRunRepository(connection).tasks() == [run]
 
 
+def test_repository_closes_what_changed_since_a_hosts_snapshot(mariadb: str) -> None:
+    repeatable = create_engine(mariadb, isolation_level="REPEATABLE READ")
+    with TaskRunHistory.connect(mariadb) as history, repeatable.connect() as connection:
+        for _ in range(3):
+            history.close_run("job", history.open_run("job").attempt, TaskPhase.FAILED)
+        history.open_run("job")
+        runs = TaskRunRepository(connection)
+        assert [run.phase for run in runs.runs("job").runs] == ["running", "failed", "failed", "failed"]
+        timeout = history.close_run("job", 1, TaskPhase.TIMEOUT)
+        succeeded = history.close_run("job", 4, TaskPhase.SUCCEEDED)
+        assert runs.close_run("job", 1, TaskPhase.EXHAUSTED) == timeout
+        assert runs.close_run("job", 2, TaskPhase.EXHAUSTED).phase is TaskPhase.EXHAUSTED
+        assert runs.close_run("job", 4, TaskPhase.SUCCEEDED) == succeeded
+        with pytest.raises(RunClosedError) as caught:
+            runs.close_run("job", 4, TaskPhase.FAILED)
+        assert caught.value.run == succeeded
+    repeatable.dispose()

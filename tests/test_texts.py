@@ -34,7 +34,20 @@ ODD_IDS = [
     "x" * 255,
     "😀" * 255,
 ]
-REFUSED_IDS = ["", " ", "job ", " job", "job\n", "a\tb", "a\x00b", "a\x1bb", "a\x85b", "a\ud800b", "job\u2003", "x" * 256]
+REFUSED_IDS = [
+    "",
+    " ",
+    "job ",
+    " job",
+    "job\n",
+    "a\tb",
+    "a\x00b",
+    "a\x1bb",
+    "a\x85b",
+    "a\ud800b",
+    "job\u2003",
+    "x" * 256,
+]
 
 
 def test_odd_task_ids_are_stored_as_they_are(history: TaskRunHistory) -> None:
@@ -81,7 +94,7 @@ def test_task_ids_of_another_type_are_refused(history: TaskRunHistory) -> None:
 
 
 def test_ids_that_look_alike_are_different_tasks(history: TaskRunHistory) -> None:
-    alike = ["a", "A", "á", "a\u0301", "à", "ａ", "ß", "ss", "ı", "i", "I", "İ"]
+    alike = ["a", "A", "á", "a\u0301", "à", "ａ", "ß", "ss", "ı", "i", "I", "İ"]  # noqa: RUF001
     assert [history.open_run(task).attempt for task in alike] == [1] * len(alike)
     assert sorted(run.task_id for run in history.tasks()) == sorted(alike)
     for task in alike:

@@ -64,7 +64,10 @@ def test_all_public_names_are_there() -> None:
     [
         ("import taskruns", {"sqlalchemy", "alembic", "tenacity", "click", "asyncio"}),
         ("from taskruns import TaskRun, RunClosedError", {"sqlalchemy", "alembic", "tenacity", "click", "asyncio"}),
-        ("from taskruns import TaskRunHistory", {"sqlalchemy.ext.asyncio", "alembic", "sqlalchemy.orm", "tenacity", "click"}),
+        (
+            "from taskruns import TaskRunHistory",
+            {"sqlalchemy.ext.asyncio", "alembic", "sqlalchemy.orm", "tenacity", "click"},
+        ),
         ("import taskruns.aio", {"alembic", "tenacity", "click", "aiosqlite", "psycopg"}),
     ],
 )

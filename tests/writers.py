@@ -2,8 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import IO, Any, Self
 
@@ -14,7 +14,7 @@ class Writer:
     """One such process, seen from the test."""
 
     def __init__(self, role: str, url: str, *arguments: object) -> None:
-        command = [sys.executable, Path(__file__), role, url, *map(str, arguments)]
+        command = [sys.executable, __file__, role, url, *map(str, arguments)]
         self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
 
     def __enter__(self) -> Self:
@@ -64,7 +64,8 @@ def race(url: str, *roles: tuple[object, ...]) -> list[list[Any]]:
 
 
 def say(value: object) -> None:
-    print(json.dumps(value), flush=True)
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
 
 
 def opening(history: TaskRunHistory, task_id: str, count: str, started_at: str = "") -> None:
@@ -116,7 +117,7 @@ def acknowledging(history: TaskRunHistory, count: str) -> None:
         say([run.attempt, True])
 
 
-ROLES = {
+ROLES: dict[str, Callable[..., None]] = {
     "open": opening,
     "open in transactions": opening_in_transactions,
     "open and close": opening_and_closing,

@@ -189,7 +189,9 @@ class AsyncTaskRunHistory:
         source_attempt: int | None = None,
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
-        start = Start.of(task_id, attempt, started_at, source or self._source, submission, source_attempt)
+        start = Start.of(
+            task_id, attempt, started_at, self._source if source is None else source, submission, source_attempt
+        )
         return await self._call(lambda connection, lost: open_alone(connection, start, lost=lost))
 
     async def close_run(

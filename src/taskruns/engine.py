@@ -44,7 +44,7 @@ def parse_url(url: str | URL, *, drivers: dict[str, str] = DRIVERS) -> URL:
     backend = {"postgres": "postgresql"}.get(backend, backend)
     if backend not in drivers:
         raise ValueError(f"{backend!r} is not a supported database; these are: {', '.join(drivers)}")
-    if not driver or driver in DRIVERS.values():
+    if not driver or driver in {*DRIVERS.values(), *ASYNC_DRIVERS.values()}:
         driver = drivers[backend]
     parsed = parsed.set(drivername=f"{backend}+{driver}")
     if backend == "sqlite" and is_file(parsed):

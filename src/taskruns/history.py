@@ -121,7 +121,9 @@ class TaskRunHistory:
         source_attempt: int | None = None,
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
-        start = Start.of(task_id, attempt, started_at, source or self._source, submission, source_attempt)
+        start = Start.of(
+            task_id, attempt, started_at, self._source if source is None else source, submission, source_attempt
+        )
         return self._call(lambda connection, lost: open_alone(connection, start, lost=lost))
 
     def close_run(

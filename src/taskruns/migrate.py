@@ -31,20 +31,26 @@ def upgrade_connection(connection: Connection) -> None:
     """Upgrade through an open connection that is in no transaction. The caller holds :data:`lock`."""
     from alembic import command  # noqa: PLC0415  (only here: a process that just records starts without Alembic)
 
-    if not suits(current(connection)):
-        connection.commit()
-        command.upgrade(_config(connection=connection), "head")
+    found = current(connection)
+    if suits(found):
+        return
+    if found is not None and _numbers(found)[0] != _numbers(SCHEMA_VERSION)[0]:
+        raise SchemaVersionError(found, SCHEMA_VERSION)
+    connection.commit()
+    command.upgrade(_config(connection=connection), "head")
 
 
 def current(connection: Connection) -> str | None:
     """Return the version of the database's tables; None if it has none."""
+    version: str | None
     try:
-        version: str | None = connection.execute(_CURRENT).scalar()
+        version = connection.execute(_CURRENT).scalar()
     except (OperationalError, ProgrammingError):
         connection.rollback()
-        if inspect(connection).has_table(VERSION_TABLE):
-            raise
-        return None
+        if not inspect(connection).has_table(VERSION_TABLE):
+            return None
+        # Another process has just made it; or the error is another one, and comes again.
+        version = connection.execute(_CURRENT).scalar()
     return version
 
 

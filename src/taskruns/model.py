@@ -215,7 +215,7 @@ class TaskRun:
             phase=phase,
             finished_at=None if finished_at is None else parse_time(finished_at, "finishedAt"),
             error=clean_error(wire.get("error")),
-            exit_code=_checked_exit_code(wire.get("exitCode")),
+            exit_code=checked_exit_code(wire.get("exitCode")),
             recovered=recovered,
         )
 
@@ -241,7 +241,7 @@ class Outcome:
         if phase is TaskPhase.SUCCEEDED and error is not None:
             raise ValueError("a succeeded run has no error")
         moment = in_utc(finished_at, "finished_at") if finished_at is not None else datetime.now(UTC)
-        return cls(phase, error, _checked_exit_code(exit_code), moment)
+        return cls(phase, error, checked_exit_code(exit_code), moment)
 
     def is_that_of(self, run: TaskRun) -> bool:
         """Whether ``run`` ended just so. When it ended is not compared."""
@@ -289,7 +289,8 @@ def _checked_number(value: int, what: str, low: int, high: int) -> int:
     return value
 
 
-def _checked_exit_code(value: int | None) -> int | None:
+def checked_exit_code(value: int | None) -> int | None:
+    """Return ``value`` if it is an i32, or None."""
     return None if value is None else _checked_number(value, "exit_code", -(2**31), 2**31 - 1)
 
 
@@ -309,12 +310,16 @@ def clean_error(text: str | None) -> str | None:
         return None
     if not isinstance(text, str):
         raise TypeError(f"error is a string, not {type(text).__name__}")
+    cut = len(text) - 2 * MAX_ERROR_BYTES
+    if cut > 0:
+        # More than enough on both sides of what will be cut out: neither an end that is kept, nor a URL in it, is near.
+        text = text[:MAX_ERROR_BYTES] + text[-MAX_ERROR_BYTES:]
     text = _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
     text = _URL_PASSWORD.sub(r"\1:***@", text)
     if len(text) * 4 > MAX_ERROR_BYTES:  # a character has at most four bytes, so a short text needs no encoding
         encoded = text.encode()
         if len(encoded) > MAX_ERROR_BYTES:
-            mark = f"\n[... {len(encoded) - MAX_ERROR_BYTES} or more bytes cut ...]\n"
+            mark = f"\n[... {len(encoded) - MAX_ERROR_BYTES + max(cut, 0)} or more bytes cut ...]\n"
             head = encoded[:_ERROR_HEAD_BYTES].decode(errors="ignore")
             tail = encoded[len(mark) + _ERROR_HEAD_BYTES - MAX_ERROR_BYTES :].decode(errors="ignore")
             text = head + mark + tail

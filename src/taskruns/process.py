@@ -120,7 +120,7 @@ def run(
     except OSError as error:
         if stderr is not None:
             stderr.finish()
-        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR) or not command[0]
         reason = "command not found" if missing else (error.strerror or "cannot be run").lower()
         return Ended(127 if missing else 126, not_started=f"{reason}: {command[0]}")
     if stderr is not None:
@@ -210,15 +210,18 @@ class _Watch:
             self._next = time.monotonic() + self._kill_after
 
     def _clear_group(self) -> None:
-        """Wait for what the child has left in its group, then kill it."""
+        """Wait for what the child has left in its group, then kill it, and wait a moment for that."""
+        until = self._next
+        if until is not None and not self._is_group_gone(until):
+            self._tell_group(signal.SIGKILL)
+        self._is_group_gone(time.monotonic() + 1)  # what is killed stays as long as nobody reaps it
+
+    def _is_group_gone(self, until: float) -> bool:
         while self._tell_group(0):
-            if self._next is not None and time.monotonic() >= self._next:
-                self._tell_group(signal.SIGKILL)
-                self._next = None
-                patience = time.monotonic() + 1
-            elif self._next is None and time.monotonic() >= patience:
-                return  # killed, but nobody reaps it
+            if time.monotonic() >= until:
+                return False
             time.sleep(_POLL)
+        return True
 
     def _tell_group(self, number: int) -> bool:
         try:

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import wraps
@@ -15,7 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from taskruns.errors import SchemaVersionError
-from taskruns.model import TaskPhase, TaskRun, checked_phase
+from taskruns.model import TaskPhase, TaskRun, checked_exit_code, checked_phase
 
 OnError = Literal["warn", "raise"]
 """What to do when a run cannot be recorded: log it and go on, or raise."""
@@ -64,15 +65,39 @@ class RecordedRun:
         """Return how the code ended, as the arguments of ``close_run``; the duration is the monotonic clock's."""
         finished_at = self.started_at + timedelta(seconds=time.monotonic() - self._clock)
         phase, error, exit_code = _judge(exception)
-        error = self.error if self.error is not None else error
-        exit_code = self.exit_code if self.exit_code is not None else exit_code
-        if self.phase is not None and not (exception is not None and self.phase == TaskPhase.SUCCEEDED):
-            phase = checked_phase(self.phase)
+        error = error if self.error is None else str(self.error)
+        exit_code = self._usable_exit_code(exit_code)
+        said = self._usable_phase()
+        if said is not None and not (exception is not None and said is TaskPhase.SUCCEEDED):
+            phase = said
         elif phase is TaskPhase.SUCCEEDED and (error or exit_code):
             phase = TaskPhase.FAILED
         if phase is TaskPhase.SUCCEEDED:
             error = None
         return {"phase": phase, "error": error, "exit_code": exit_code, "finished_at": finished_at}
+
+    # What cannot be used is left out: the run has to end, and the code has nothing to learn from it any more.
+
+    def _usable_phase(self) -> TaskPhase | None:
+        if self.phase is None:
+            return None
+        try:
+            phase = checked_phase(self.phase)
+        except ValueError as error:
+            _log.warning("run.phase is left out: %s", error)
+            return None
+        if phase.is_active:
+            _log.warning("run.phase is left out: a run cannot end as %s", phase)
+            return None
+        return phase
+
+    def _usable_exit_code(self, default: int | None) -> int | None:
+        try:
+            code = checked_exit_code(self.exit_code)
+        except (TypeError, ValueError) as error:
+            _log.warning("run.exit_code is left out: %s", error)
+            return default
+        return default if code is None else code
 
 
 def _judge(exception: BaseException | None) -> tuple[TaskPhase, str | None, int | None]:
@@ -132,6 +157,21 @@ class Outage:
             _log.warning("runs are not recorded at present, beginning with task %r: %s", task_id, cause_of(error))
 
 
+_entered: ContextVar[tuple[tuple[object, RecordedRun], ...]] = ContextVar("taskruns_entered", default=())
+"""What is being recorded in this thread or task: one recording may be used by several of them at a time."""
+
+
+def _enter(recording: object, handle: RecordedRun) -> None:
+    _entered.set((*_entered.get(), (recording, handle)))
+
+
+def _leave(recording: object) -> RecordedRun:
+    entered = _entered.get()
+    last = max(number for number, (entry, _) in enumerate(entered) if entry is recording)
+    _entered.set((*entered[:last], *entered[last + 1 :]))
+    return entered[last][1]
+
+
 class Recording:
     """Records what runs inside it: a context manager, also a decorator for functions and coroutine functions."""
 
@@ -139,15 +179,14 @@ class Recording:
         self, begin: Callable[[], RecordedRun], end: Callable[[RecordedRun, BaseException | None], None]
     ) -> None:
         self._begin, self._end = begin, end
-        self._handles: list[RecordedRun] = []
 
     def __enter__(self) -> RecordedRun:
         handle = self._begin()
-        self._handles.append(handle)
+        _enter(self, handle)
         return handle
 
     def __exit__(self, _type: object, exception: BaseException | None, _traceback: object) -> None:
-        self._end(self._handles.pop(), exception)
+        self._end(_leave(self), exception)
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
         """Return the function, recorded at each call."""
@@ -179,7 +218,6 @@ class AsyncRecording:
         end: Callable[[RecordedRun, BaseException | None], Awaitable[None]],
     ) -> None:
         self._begin, self._end = begin, end
-        self._handles: list[RecordedRun] = []
 
     async def __aenter__(self) -> RecordedRun:
         opening = asyncio.ensure_future(self._begin())
@@ -189,11 +227,11 @@ class AsyncRecording:
             # The start may be on its way to the database already; it must not stay there as running.
             await _to_its_end(_ended_at_once(opening, self._end, cancelation))
             raise
-        self._handles.append(handle)
+        _enter(self, handle)
         return handle
 
     async def __aexit__(self, _type: object, exception: BaseException | None, _traceback: object) -> None:
-        await _to_its_end(self._end(self._handles.pop(), exception))
+        await _to_its_end(self._end(_leave(self), exception))
 
     def __call__(self, function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Return the coroutine function, recorded at each call."""

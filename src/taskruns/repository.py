@@ -103,7 +103,9 @@ class TaskRunRepository:
             AttemptConflictError: no free number was found.
             ValueError: an argument is outside its rules.
         """
-        start = Start.of(task_id, attempt, started_at, source or self._source, submission, source_attempt)
+        start = Start.of(
+            task_id, attempt, started_at, self._source if source is None else source, submission, source_attempt
+        )
         if attempt is None:
             engine.lock_task(self._connection, task_id)
         return self.open_start(start)
@@ -121,7 +123,7 @@ class TaskRunRepository:
         dialect = self._connection.dialect
         returning = dialect.insert_returning
         run = start.run
-        if not (returning or start.numbered):  # MySQL cannot tell which number it has given
+        if not (returning or start.numbered):  # MySQL, and SQLite before 3.35, cannot tell which number was given
             last = self._connection.scalar(statements.last_attempt(), start.parameters()) or 0
             if last == MAX_ATTEMPT:
                 return None
@@ -129,9 +131,9 @@ class TaskRunRepository:
         statement = statements.open_run(dialect.name, numbered=start.numbered or not returning, returning=returning)
         try:
             result = self._connection.execute(statement, start.parameters() | {"attempt": run.attempt})
-            if not returning:
+            if not returning and result.rowcount:
                 return run
-            inserted = result.all()  # every row, as SQLite commits only then
+            inserted = result.all() if returning else []  # every row, as SQLite commits only then
         except IntegrityError:
             if dialect.name in ("sqlite", "postgresql"):
                 raise

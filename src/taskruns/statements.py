@@ -59,17 +59,15 @@ def open_run(dialect: str, *, numbered: bool, returning: bool) -> Insert:
     Not ``numbered``: the number is the task's last one plus one, found by the same statement.
     On MariaDB and MySQL, which lack ON CONFLICT, the taken number is an error instead.
     """
-    attempt = _bind("attempt") if numbered else func.coalesce(func.max(_C.attempt), 0) + 1
-    values = select(
-        *(_bind(name) for name in _GIVEN), attempt, literal_column("'running'", type_=_C.phase.type).label("phase")
-    )
-    # SQLite needs a WHERE before ON CONFLICT, to tell it from the ON of a join.
+    given = [_bind(name) for name in _GIVEN]
+    running = literal_column("'running'", type_=_C.phase.type).label("phase")
     if numbered:
-        values = values.where(true())
+        # SQLite needs a WHERE before ON CONFLICT, to tell it from the ON of a join.
+        values = select(*given, _bind("attempt"), running).where(true())
     else:
-        values = values.where(_C.task_id == _bind("task_id")).having(
-            func.coalesce(func.max(_C.attempt), 0) < MAX_ATTEMPT
-        )
+        following = (func.coalesce(func.max(_C.attempt), 0) + 1).label("attempt")
+        last = select(following).where(_C.task_id == _bind("task_id")).subquery("last")
+        values = select(*given, last.c.attempt, running).where(last.c.attempt <= MAX_ATTEMPT)
     columns = [*_GIVEN, "attempt", "phase"]
     insertion: Insert
     if dialect == "postgresql":

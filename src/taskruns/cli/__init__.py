@@ -57,10 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         status = cli.main(list(arguments), prog_name="taskruns", standalone_mode=False)
         sys.stdout.flush()
     except click.UsageError as error:
-        context = error.ctx
-        path = context.command_path if context is not None else "taskruns"
-        complain(f"{error.format_message()} (see `{path} --help`)")
-        return EXEC_USAGE if path.split()[1:2] == ["exec"] else 2
+        return _misused(error)
     except click.ClickException as error:
         complain(error.format_message())
         return 2
@@ -76,6 +73,15 @@ def run(arguments: Sequence[str]) -> int:
         complain(advice)
         return 2
     return int(status or 0)
+
+
+def _misused(error: click.UsageError) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return 2
+    path = error.ctx.command_path if error.ctx is not None else "taskruns"
+    complain(f"{error.format_message()} (see `{path} --help`)")
+    return EXEC_USAGE if path.split()[1:2] == ["exec"] else 2
 
 
 def complain(line: str) -> None:

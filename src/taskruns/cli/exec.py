@@ -10,18 +10,11 @@ import click
 from taskruns.cli import EXEC_USAGE, complain
 from taskruns.cli.database import Database, db_option
 from taskruns.cli.durations import Duration, DurationRange
-from taskruns.model import checked_name
-
-
-def _checked_task(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    try:
-        return checked_name(value, "task id")
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+from taskruns.cli.tasks import TaskId
 
 
 @click.command("exec", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("task", callback=_checked_task)
+@click.argument("task", type=TaskId())
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 @click.option("--timeout", type=Duration(), help="Stop the command after this time, such as 30s, 5m or 2h; 0 is never.")
 @click.option(

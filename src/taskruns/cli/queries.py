@@ -1,32 +1,20 @@
 """``taskruns runs``, ``show``, ``last``, ``tasks`` and ``active``."""
 
-import sys
 from collections.abc import Iterator
 from itertools import islice
 
 import click
-from click.shell_completion import CompletionItem
 
 from taskruns.cli import complain
-from taskruns.cli.database import Database, database, db_option
+from taskruns.cli.database import database, db_option
 from taskruns.cli.output import RUN_COLUMNS, TASK_COLUMNS, print_json, print_run, print_table
+from taskruns.cli.tasks import TaskId
 from taskruns.history import PAGE, TaskRunHistory
 from taskruns.model import MAX_ATTEMPT, PROBLEMS, TaskPhase, TaskRun, checked_phase
 from taskruns.repository import RunPage
 
 ROWS = 50
 """Rows of a table, unless told otherwise. JSON has no such limit."""
-
-
-def _complete_task(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    try:
-        with Database.find(context.find_root().params.get("db")).reading() as history:
-            # The greatest id that comes before all those with this beginning, or near enough.
-            before = incomplete and incomplete[:-1] + chr(ord(incomplete[-1]) - 1) + chr(sys.maxunicode)
-            tasks = history.tasks(after=before or None, limit=ROWS)
-    except Exception:  # noqa: BLE001  (a completion is a courtesy)
-        return []
-    return [CompletionItem(run.task_id) for run in tasks if run.task_id.startswith(incomplete)]
 
 
 def _phases(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[TaskPhase]:
@@ -36,7 +24,7 @@ def _phases(_context: click.Context, _parameter: click.Parameter, values: tuple[
         raise click.BadParameter(str(error)) from None
 
 
-_task = click.argument("task", shell_complete=_complete_task)
+_task = click.argument("task", type=TaskId())
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each run.")
 _limit = click.option("--limit", type=click.IntRange(1), help=f"Print so many; of a table {ROWS}, of JSON all.")
 _phase = click.option(
@@ -119,7 +107,7 @@ def last_command(task: str, phases: list[TaskPhase], problems: bool, as_json: bo
 
 @click.command("tasks")
 @_limit
-@click.option("--after", metavar="TASK", help="Go on after this task.")
+@click.option("--after", type=TaskId(), help="Go on after this task.")
 @_json
 @db_option
 def tasks_command(limit: int | None, after: str | None, as_json: bool) -> None:  # noqa: FBT001

@@ -1,0 +1,337 @@
+"""Which database the command line uses, and that reading creates and changes nothing."""
+
+import hashlib
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import Home, Shell
+from servers import missing
+
+from taskruns import TaskRunHistory
+
+READERS = [
+    ("runs", "job"),
+    ("show", "job"),
+    ("last", "job"),
+    ("tasks",),
+    ("active",),
+    ("db", "current"),
+    ("db", "check"),
+]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def shell(home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    home.path.mkdir()
+    return Shell(home, monkeypatch, capsys)
+
+
+def make(path: Path, task: str = "job") -> None:
+    """Make a database with a run of a task."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TaskRunHistory.connect(f"sqlite:///{path}") as history:
+        history.upgrade()
+        history.open_run(task)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, str]]:
+    """Everything below a directory, with its mode and content."""
+    return {
+        str(path.relative_to(directory)): (
+            path.lstat().st_mode,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+        )
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def where(shell: Shell, *arguments: str) -> str:
+    answer = shell(*arguments, "db", "where")
+    assert (answer.status, answer.err) == (0, "")
+    return answer.out.rstrip("\n")
+
+
+def config(home: Home, text: str) -> Path:
+    path = home.path / ".config" / "taskruns" / "config.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def system_config(home: Home, text: str) -> Path:
+    path = home.path / "etc" / "taskruns.toml"  # see Shell
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_first_named_is_used(shell: Shell, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = f"sqlite+pysqlite:///{home.path}/.local/share/taskruns/taskruns.db (the default)"
+    assert where(shell) == default
+    system = system_config(home, 'db = "/srv/system.db"\n')
+    assert where(shell) == f"sqlite+pysqlite:////srv/system.db ({system})"
+    user = config(home, "")
+    assert where(shell) == f"sqlite+pysqlite:////srv/system.db ({system})"
+    user = config(home, 'db = "sqlite:////srv/user.db"\n')
+    assert where(shell) == f"sqlite+pysqlite:////srv/user.db ({user})"
+    monkeypatch.setenv("TASKRUNS_DB", "/srv/variable.db")
+    assert where(shell) == "sqlite+pysqlite:////srv/variable.db (TASKRUNS_DB)"
+    assert where(shell, "--db", "/srv/option.db") == "sqlite+pysqlite:////srv/option.db (--db)"
+    monkeypatch.setenv("TASKRUNS_DB", "")
+    assert where(shell) == f"sqlite+pysqlite:////srv/user.db ({user})"
+
+
+def test_option_may_stand_before_and_after_the_command(shell: Shell, tmp_path: Path) -> None:
+    make(tmp_path / "a.db", "in a")
+    make(tmp_path / "b.db", "in b")
+    a, b = f"sqlite:///{tmp_path}/a.db", str(tmp_path / "b.db")
+    assert "in a" in shell("--db", a, "tasks").out
+    assert "in b" in shell("tasks", "--db", b).out
+    assert "in b" in shell("--db", a, "tasks", "--db", b).out
+    assert shell("db", "--db", b, "where").out.startswith(f"sqlite+pysqlite:///{b}")
+    assert shell("db", "where", "--db", b).out.startswith(f"sqlite+pysqlite:///{b}")
+
+
+def test_plain_path_may_be_relative_or_begin_with_a_tilde(
+    shell: Shell, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs%20 #?é.db")
+    assert shell("runs", "job", "--db", "runs%20 #?é.db").status == 0
+    assert where(shell, "--db", "~/x.db") == f"sqlite+pysqlite:///{home.path}/x.db (--db)"
+
+
+def test_user_configuration_follows_xdg(
+    shell: Shell, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config(home, 'db = "/srv/home.db"\n')
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    (tmp_path / "xdg" / "taskruns").mkdir(parents=True)
+    (tmp_path / "xdg" / "taskruns" / "config.toml").write_text('db = "/srv/xdg.db"\n')
+    assert "/srv/xdg.db" in where(shell)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert str(tmp_path / "data" / "taskruns" / "taskruns.db") in where(shell)
+
+
+@pytest.mark.parametrize("place", ["absolute", "relative", "home"])
+def test_file_that_holds_the_url(shell: Shell, home: Home, place: str) -> None:
+    named = {"absolute": str(home.path / "url"), "relative": "url", "home": "~/url"}[place]
+    path = config(home, f'db_file = "{named}"\n')
+    file = path.parent / "url" if place == "relative" else home.path / "url"
+    file.write_text("\npostgresql://u:geheim@db.example/runs\n\n")
+    assert where(shell) == f"postgresql+psycopg://u:***@db.example/runs ({path})"
+    config(home, f'db = "/srv/first.db"\ndb_file = "{named}"\n')
+    assert "/srv/first.db" in where(shell)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("db = [", "cannot be read: "),
+        ("db = 5", "db is a text"),
+        ('db = ["/x.db"]', "db is a text"),
+        ("db_file = 5", "cannot be read: "),
+        ('db_file = "none"', "No such file or directory"),
+        ('db_file = "/etc/passwd/none"', "Not a directory"),
+        ('db_file = "/"', "cannot be read: "),
+        ('db = "oracle://u:geheim@host/x"', "'oracle' is not a supported database"),
+        ('db = "postgresql://u:geheim@host:x/y"', "the database URL is not valid"),
+        ('db = "\\u0000"', ""),
+        ('db = ""', ""),
+        ('db_file = "empty"', ""),
+        ("\udcff", "cannot be read: "),
+    ],
+)
+@pytest.mark.parametrize("name", ["user", "system"])
+def test_broken_configuration_is_named_in_one_line(
+    shell: Shell, home: Home, text: str, message: str, name: str
+) -> None:
+    path = (config if name == "user" else system_config)(home, "")
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    (path.parent / "empty").write_text("\n")
+    answer = shell("db", "where")
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err.startswith(f"taskruns: {path}")
+    assert message in answer.err
+    assert len(answer.err.splitlines()) == 1
+    assert "geheim" not in answer.err
+
+
+def test_configuration_that_is_a_directory_is_said(shell: Shell, home: Home) -> None:
+    (home.path / ".config" / "taskruns" / "config.toml").mkdir(parents=True)
+    answer = shell("db", "where")
+    assert answer.status == 2
+    assert "config.toml cannot be read: " in answer.err
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:geheim@host/x",
+        "postgresql://u:gehe%69m@host/x",
+        "postgresql://host/x?user=u&password=geheim",
+        "postgresql://host/x?sslpassword=geheim&application_name=a",
+        "mysql://u:geheim@host/x?charset=utf8mb4",
+        "mysql://host/x?passwd=geheim",
+        "mysql://host/x?password=geheim&password=geheim",
+        "mysql://host/x?ssl_key_password=geheim",
+        "postgresql://host/x?PASSWORD=geheim",
+    ],
+)
+@pytest.mark.parametrize("command", [("db", "where"), ("tasks",), ("db", "upgrade"), ("db", "current")])
+def test_passwords_are_never_printed(shell: Shell, url: str, command: tuple[str, ...]) -> None:
+    url = url.replace("//host", "//127.0.0.1:1").replace("@host", "@127.0.0.1:1")
+    answer = shell(*command, "--db", url)
+    assert answer.status == (0 if command == ("db", "where") else 2)
+    assert answer.out + answer.err
+    assert "geheim" not in answer.out + answer.err
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "postgresql://u:geheim@host:port/x",
+        "oracle://u:geheim@host/x",
+        "://u:geheim@host",
+        "postgresql+nosuch://u:geheim@127.0.0.1:1/x",
+        "sqlite://u:geheim@host/x",
+        "sqlite:///x?synchronous=geheim",
+        "postgresql://127.0.0.1:1/x?prepare_threshold=some",
+        "postgresql://127.0.0.1:1/x?no_such_option=geheim",
+        "mysql://127.0.0.1:1/x?no_such_option=geheim",
+        "a\0b",
+    ],
+)
+def test_url_that_cannot_be_used_is_one_line_and_2(shell: Shell, named: str) -> None:
+    answer = shell("tasks", "--db", named)
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err.startswith("taskruns: ")
+    assert len(answer.err.splitlines()) == 1
+    assert "u:geheim" not in answer.err
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_missing_database_is_not_created(shell: Shell, home: Home, command: tuple[str, ...]) -> None:
+    before = snapshot(home.path)
+    answer = shell(*command)
+    path = home.path / ".local/share/taskruns/taskruns.db"
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err == f"taskruns: no such database: {path} (named by the default)\n"
+    assert snapshot(home.path) == before
+
+
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize(
+    "content", ["directory", "of another program", "text", "empty file", "cut short", "fifo", "link to nothing"]
+)
+def test_what_is_no_history_is_said_in_one_line_and_stays_as_it_is(
+    shell: Shell, tmp_path: Path, command: tuple[str, ...], content: str
+) -> None:
+    directory = tmp_path / "data"
+    directory.mkdir()
+    path = directory / "x.db"
+    if content == "directory":
+        path.mkdir()
+    elif content == "of another program":
+        with sqlite3.connect(path) as connection:
+            connection.execute("CREATE TABLE notes (text)")
+        connection.close()
+    elif content == "text":
+        path.write_text("this is no database, but long enough to look like one\n" * 100)
+    elif content == "cut short":
+        make(path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif content == "fifo":
+        os.mkfifo(path)
+    elif content == "link to nothing":
+        path.symlink_to(directory / "nothing")
+    else:
+        path.touch()
+    before = snapshot(directory)
+    answer = shell(*command, "--db", str(path))
+    assert (answer.status in (1, 2), answer.out) == (True, "")
+    assert answer.err.startswith("taskruns: ")
+    assert len(answer.err.splitlines()) == 1
+    assert "sqlalche.me" not in answer.err
+    assert snapshot(directory) == before
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_reading_leaves_a_database_that_nobody_has_open_as_it_is(
+    shell: Shell, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    path = tmp_path / "data" / "x.db"
+    make(path)
+    before = snapshot(path.parent)
+    assert set(before) == {"x.db"}
+    answer = shell(*command, "--db", str(path))
+    assert (answer.status, answer.err) == (0, "")
+    assert snapshot(path.parent) == before
+
+
+def test_reading_works_while_somebody_writes(shell: Shell, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "x.db"
+    make(path)
+    with TaskRunHistory.connect(f"sqlite:///{path}") as writer, writer.begin() as runs:
+        runs.open_run("uncommitted")
+        answer = shell("tasks", "--json", "--db", str(path))
+    assert answer.status == 0
+    assert "uncommitted" not in answer.out
+    assert '"job"' in answer.out
+
+
+@pytest.fixture
+def others() -> Iterator[Path]:
+    """A directory that other users can reach."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        missing("only root can be another user for a while, by setpriv")
+    directory = Path("/tmp") / f"taskruns-others-{os.getpid()}"
+    directory.mkdir(mode=0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+def as_nobody(home: Home, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command as a user who may write nowhere."""
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", Home.program, *arguments]
+    return subprocess.run(command, env=home.environment, capture_output=True, text=True, check=False, cwd="/")
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_another_user_reads_what_he_may_not_write(home: Home, others: Path, is_open: bool) -> None:
+    path = others / "x.db"
+    make(path)
+    path.chmod(0o644)
+    writer = TaskRunHistory.connect(f"sqlite:///{path}")
+    if is_open:
+        writer.open_run("fresh")
+    before = snapshot(others)
+    assert ("x.db-wal" in before) == is_open
+    done = as_nobody(home, "tasks", "--json", "--db", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1 + is_open
+    assert snapshot(others) == before
+    writer.dispose()
+
+
+def test_another_user_who_may_not_even_read_is_told_so(home: Home, others: Path) -> None:
+    make(others / "x.db")
+    (others / "x.db").chmod(0o600)
+    done = as_nobody(home, "tasks", "--db", str(others / "x.db"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no such database" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    others.chmod(0o700)
+    done = as_nobody(home, "tasks", "--db", str(others / "x.db"))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
