@@ -113,7 +113,7 @@ class AsyncTaskRunHistory:
         on_retry: OnRetry | None = None,
     ) -> None:
         self._engine = engine
-        self._on_retry = on_retry
+        self.on_retry = on_retry
         self._source = socket.gethostname() if source is None else source
         self._retry_for = retry_for
         self._outage = Outage()
@@ -133,7 +133,7 @@ class AsyncTaskRunHistory:
         """Return the history in a database: see :meth:`taskruns.TaskRunHistory.connect`. Not awaited."""
         parsed = engine.parse_url(url, drivers=engine.ASYNC_DRIVERS)
         options = engine.engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
-        with engine.driver_needed(parsed):
+        with engine.checked_options(parsed):
             own = create_async_engine(options.pop("url"), **options)
         engine.prepared(own.sync_engine, parsed, read_only=read_only)
         return cls(own, source=source, retry_for=retry_for, on_retry=on_retry)
@@ -272,7 +272,7 @@ class AsyncTaskRunHistory:
         return await self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     async def _call(self, operation: Operation[T]) -> T:
-        retry = Retry(self._on_retry)
+        retry = Retry(self.on_retry)
         try:
             return await self._call_once(operation, retry)
         except Exception as error:

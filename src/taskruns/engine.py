@@ -5,6 +5,7 @@ import os
 import sqlite3
 import stat
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SAWarning
+from sqlalchemy.pool import NullPool
 
 DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}
 ASYNC_DRIVERS = {"sqlite": "aiosqlite", "postgresql": "psycopg", "mysql": "aiomysql", "mariadb": "aiomysql"}
@@ -63,7 +65,7 @@ def is_file(url: URL) -> bool:
 
 def hide_password(url: URL) -> str:
     """Return the URL as text without its password, wherever it stands in it."""
-    secret = {key: "***" for key in url.query if key in ("password", "passwd", "sslpassword")}
+    secret = {key: "***" for key in url.query if "pass" in key.lower()}
     return url.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
@@ -76,16 +78,20 @@ def create(url: str | URL, *, read_only: bool = False, lock_timeout: float = LOC
     """
     parsed = parse_url(url)
     options = engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
-    with driver_needed(parsed):
+    with checked_options(parsed):
         engine = create_engine(options.pop("url"), **options)
     return prepared(engine, parsed, read_only=read_only)
 
 
 @contextmanager
-def driver_needed(url: URL) -> Iterator[None]:
-    """Turn the failed import of a driver into advice."""
+def checked_options(url: URL) -> Iterator[None]:
+    """Turn the failed import of a driver into advice, and an unknown option of the URL into an error."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SAWarning)
+            yield
+    except SAWarning as error:
+        raise ValueError(f"an option of the database URL is wrong: {error}") from None
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(url.get_backend_name(), "asyncio")
         message = f"{url.get_backend_name()} needs {error.name}: pip install 'taskruns[{extra}]'"
@@ -103,7 +109,11 @@ def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[st
             arguments["timeout"] = lock_timeout
         if read_only and is_file(url):
             url = url.set(database=f"file:{quote(url.database or '')}")
-            query |= {"mode": "ro", "uri": "true"}
+            query |= {"mode": "ro", "uri": "true"}  # or better, see _reading_mode()
+            # A connection that is kept may hold on to what it found, see there.
+            return {"url": url.set(query=query), "connect_args": arguments, "poolclass": NullPool}
+        if read_only and str(url.database).startswith("file:") and ":memory:" not in str(url.database):
+            query.setdefault("mode", "ro")
         return {"url": url.set(query=query), "connect_args": arguments}
     if "connect_timeout" not in query:
         arguments["connect_timeout"] = CONNECT_TIMEOUT
@@ -146,8 +156,10 @@ def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
         raise ValueError(f"synchronous in the database URL is FULL or NORMAL, not {synchronous!r}")
 
     @event.listens_for(engine, "do_connect")
-    def make_private(*_: object) -> None:
-        if not read_only and is_file(url):
+    def prepare_file(_dialect: Any, _record: object, arguments: list[Any], _options: object) -> None:
+        if is_file(url) and read_only:
+            arguments[0] = arguments[0].replace("mode=ro", _reading_mode(str(url.database)))
+        elif is_file(url):
             _make_file(Path(str(url.database)))
 
     @event.listens_for(engine, "connect")
@@ -156,7 +168,9 @@ def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
         # the hook below it lost acknowledged writes.
         dbapi.isolation_level = None
         cursor = dbapi.cursor()
-        if not read_only:
+        if read_only:
+            cursor.execute("PRAGMA query_only = ON")
+        else:
             _use_wal(cursor)
             cursor.execute(f"PRAGMA synchronous = {synchronous}")
         cursor.execute("PRAGMA foreign_keys = ON")
@@ -176,6 +190,19 @@ def _make_file(path: Path) -> None:
     if not path.parent.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, stat.S_IRUSR | stat.S_IWUSR))
+
+
+def _reading_mode(path: str) -> str:
+    """Return how to open a database file so that reading it leaves nothing behind.
+
+    Whoever opens a database that nobody has open makes the two files that go with it (-wal, -shm). The last one to
+    close it removes them, if he may write; otherwise they would stay, be the reader's, and lock out the owner.
+    """
+    path = os.path.realpath(path)
+    if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK):  # noqa: PTH120
+        return "mode=rw"
+    # Without a WAL nobody has it open for writing, and all of it is in the file.
+    return "mode=ro" if os.path.exists(f"{path}-wal") else "mode=ro&immutable=1"  # noqa: PTH110
 
 
 def _use_wal(cursor: Any) -> None:

@@ -7,9 +7,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tenacity import Retrying
@@ -24,8 +26,9 @@ from taskruns.recording import cause_of
 PATIENCE = 5.0
 """Seconds that a command and its retries are held up by a database, in all.
 
-On a machine with more than ``CROWD`` processes waiting for each processor they grow with these, up to
-``MOST_PATIENCE``: what passes there is not the database's time. 400 wrappers at once need it to record their ends.
+Once the database has taken the start of a run, its end is given more of them on a machine with more than ``CROWD``
+processes waiting for each processor, up to ``MOST_PATIENCE``: what passes there is not the database's time. 400
+wrappers at once need it to record their ends.
 """
 
 MOST_PATIENCE = 60.0
@@ -109,6 +112,11 @@ def _environment(task_id: str, run: TaskRun | None, number: int) -> dict[str, st
     environment.pop("TASKRUNS_ATTEMPT", None)  # another one's, if we were started by one
     if run is not None:
         environment["TASKRUNS_ATTEMPT"] = str(run.attempt)
+    with suppress(OSError):
+        # In the C locale, which is cron's, Python sets LC_CTYPE for itself (PEP 538); the command has its own idea.
+        given = Path("/proc/self/environ").read_bytes().split(b"\0")
+        if not any(entry.startswith(b"LC_CTYPE=") for entry in given):
+            environment.pop("LC_CTYPE", None)
     return environment
 
 
@@ -168,27 +176,30 @@ class _Recorder:
         """Begin to record an attempt, and wait a while for its number."""
         record = _Record(plan, submission, source_attempt, self._connect, self._signals.wake)
         record.begin()
-        self._wait(record.is_open, OPENING_PATIENCE, stop_early=True)
+        self._wait(record.is_open, OPENING_PATIENCE, stop_early=True, is_reached=False)
         record.start_anyway()
         if record.failure is not None:
             self._warn(record.failure)
+        elif plan.no_overlap and record.run is None and record.overlaps is None and self._signals.stopped_by is None:
+            self._warn(f"whether {plan.task_id} is running already is not known, since {self._trouble}")
         return record
 
     def close(self, record: "_Record", phase: TaskPhase, error: str | None, exit_code: int) -> None:
         """Record how an attempt ended, and wait a while until it is written."""
         record.end(phase, error, exit_code)
-        self._wait(record.is_done, MOST_PATIENCE, stop_early=False)
+        self._wait(record.is_done, MOST_PATIENCE, stop_early=False, is_reached=record.run is not None)
         if not record.is_written:
             self._warn(record.failure or self._trouble)
 
     def _note(self, error: BaseException) -> None:
         self._trouble = cause_of(error)
 
-    def _wait(self, event: threading.Event, most: float, *, stop_early: bool) -> None:
+    def _wait(self, event: threading.Event, most: float, *, stop_early: bool, is_reached: bool) -> None:
         began = time.monotonic()
         while not event.is_set() and not (stop_early and self._signals.stopped_by is not None):
             waited = time.monotonic() - began
-            left = min(most - waited, _patience() - self._spent - waited)
+            patience = _patience() if is_reached else PATIENCE
+            left = min(most - waited, patience - self._spent - waited)
             if left <= 0:
                 break
             self._signals.wait(min(left, 1.0))
@@ -223,6 +234,7 @@ class _Record:
         self._has_ended = threading.Event()
         self._decision = threading.Lock()
         self._starts_anyway = False
+        self._is_repeated = False
         self.is_open = threading.Event()
         """Whether the first attempt to open the run is over."""
         self.is_done = threading.Event()
@@ -279,22 +291,20 @@ class _Record:
             self.failure = None
 
     def _open(self, history: TaskRunHistory) -> None:
-        self._starts_now()
-        if self._plan.no_overlap:
-            self.run = Retrying(**Retry().policy(math.inf))(self._open_unless_active, history)
-        else:
-            self.run = history.open_run(self._plan.task_id, **self._start)
+        self.run = Retrying(**Retry(history.on_retry).policy(math.inf))(self._open_once, history)
 
-    def _open_unless_active(self, history: TaskRunHistory) -> TaskRun | None:
+    def _open_once(self, history: TaskRunHistory) -> TaskRun | None:
         with history.begin(lock=self._plan.task_id) as runs:
-            active = runs.active_runs(self._plan.task_id)
+            self._starts_now()  # now that nobody is waited for any more
+            active = runs.active_runs(self._plan.task_id) if self._plan.no_overlap or self._is_repeated else []
             for run in active:
                 if run.started_at == self._start["started_at"]:
                     return run  # by an earlier try, whose answer was lost
             with self._decision:
-                if active and not self._starts_anyway:
+                if active and self._plan.no_overlap and not self._starts_anyway:
                     self.overlaps = active[0]
                     return None
+            self._is_repeated = True
             return runs.open_run(self._plan.task_id, **self._start)
 
     def _close(self, history: TaskRunHistory) -> None:

@@ -42,7 +42,7 @@ class TaskRunHistory:
         on_retry: OnRetry | None = None,
     ) -> None:
         self._engine = engine
-        self._on_retry = on_retry
+        self.on_retry = on_retry
         self._source = socket.gethostname() if source is None else source
         self._retry_for = retry_for
         self._outage = Outage()
@@ -208,7 +208,7 @@ class TaskRunHistory:
         return self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     def _call(self, operation: Operation[T]) -> T:
-        retry = Retry(self._on_retry)
+        retry = Retry(self.on_retry)
         try:
             return self._call_once(operation, retry)
         except Exception as error:

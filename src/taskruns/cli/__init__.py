@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from io import TextIOWrapper
+from pathlib import Path
 
 import click
 
@@ -48,6 +50,11 @@ def cli(context: click.Context, db: str | None) -> None:
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    if sys.stdout is None:  # closed, by `>&-`
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (to the end of the process)
+        os.set_inheritable(sys.stdout.fileno(), True)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the user's encoding lacks must not end a list
     sys.exit(run(sys.argv[1:]))
 
 
@@ -63,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the latter is what click makes of the former
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
         return 141
     except Exception as error:

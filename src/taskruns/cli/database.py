@@ -2,7 +2,8 @@
 
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ class Database:
 
         Never a file in the working directory: cron has none to speak of.
         """
-        if option:
+        if option is not None:
             return cls(_parse(option, "--db"), "--db")
         if variable := os.environ.get("TASKRUNS_DB"):
             return cls(_parse(variable, "TASKRUNS_DB"), "TASKRUNS_DB")
@@ -54,7 +55,18 @@ class Database:
     def reading(self) -> TaskRunHistory:
         """Open the history to read it; nothing is created or changed."""
         self.require()
-        return TaskRunHistory.connect(self.url, read_only=True)
+        with self.options_checked():
+            history = TaskRunHistory.connect(self.url, read_only=True)
+            history.check_version()  # the first connection, where drivers find what they cannot use
+        return history
+
+    @contextmanager
+    def options_checked(self) -> Iterator[None]:
+        """Blame the URL for the errors that drivers raise about an option that they do not know."""
+        try:
+            yield
+        except (TypeError, ValueError, AttributeError) as error:
+            raise click.ClickException(f"the database URL ({self.named_by}) cannot be used: {error}") from None
 
     def require(self) -> None:
         """Check that the file of an SQLite database is there."""
@@ -96,6 +108,8 @@ def _configured(path: Path) -> str | None:
 
 
 def _parse(named: str, by: str) -> URL:
+    if not named.strip():
+        raise click.ClickException(f"{by}: the database URL is empty")
     try:
         if "://" in named:
             return engine.parse_url(named)

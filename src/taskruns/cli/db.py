@@ -80,7 +80,9 @@ def where() -> None:
 def _reading() -> Iterator[Connection]:
     found = database()
     found.require()
-    own = engine.create(found.url, read_only=True)
-    with own.connect() as connection:
+    with found.options_checked():
+        own = engine.create(found.url, read_only=True)
+        connection = own.connect()
+    with connection:
         yield connection
     own.dispose()

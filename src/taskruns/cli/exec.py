@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 
 import click
 
@@ -85,7 +85,12 @@ def exec_command(
         keep_stderr=error == "tail",
     )
     option = click.get_current_context().find_root().obj
-    say: Callable[[str], None] = (lambda _line: None) if quiet else complain
+
+    def say(line: str) -> None:
+        if not quiet:
+            with suppress(OSError):  # a reader that has gone, a full disk: nothing to the command
+                complain(line)
+
     status = execution.execute(plan, lambda note: Database.find(option).writing(retry_for=math.inf, on_retry=note), say)
     # A database call that hangs in its thread must not keep the process.
     os._exit(status)

@@ -1,5 +1,6 @@
 """``taskruns runs``, ``show``, ``last``, ``tasks`` and ``active``."""
 
+import shlex
 from collections.abc import Iterator
 from itertools import islice
 
@@ -7,7 +8,7 @@ import click
 
 from taskruns.cli import complain
 from taskruns.cli.database import database, db_option
-from taskruns.cli.output import RUN_COLUMNS, TASK_COLUMNS, print_json, print_run, print_table
+from taskruns.cli.output import RUN_COLUMNS, TASK_COLUMNS, print_json, print_run, print_table, printable
 from taskruns.cli.tasks import TaskId
 from taskruns.history import PAGE, TaskRunHistory
 from taskruns.model import MAX_ATTEMPT, PROBLEMS, TaskPhase, TaskRun, checked_phase
@@ -122,7 +123,7 @@ def tasks_command(limit: int | None, after: str | None, as_json: bool) -> None: 
         shown = list(islice(tasks, most))
         print_table(shown, TASK_COLUMNS)
         if next(tasks, None) is not None:
-            complain(f"there are more: --after {shown[-1].task_id!r}")
+            complain(f"there are more: --after {shlex.quote(printable(shown[-1].task_id))}")
 
 
 @click.command("active")
@@ -180,5 +181,5 @@ def _print_one(run: TaskRun, *, as_json: bool) -> None:
 
 
 def _unknown(what: str) -> int:
-    complain(f"no run of {what}")
+    complain(f"no run of {printable(what)}")
     return 1
