@@ -34,7 +34,7 @@ class Home:
         defaults: dict[str, Any] = {"env": self.environment, "text": True, "check": False, "timeout": 60}
         if "input" not in options:
             defaults["stdin"] = subprocess.DEVNULL
-        return subprocess.run(command, **(defaults | options))
+        return subprocess.run(command, **(defaults | options))  # noqa: PLW1510  (check is among them)
 
     def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
         """Start it."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -73,4 +74,8 @@ class Histories:
         busy = [cast(Any, history)._engine.pool.checkedout() for history in self._connected]
         for history in self._connected:
             history.dispose()
+        # A connection of aiosqlite that could not be opened, or was cut, ends by itself: before its event loop does.
+        for thread in threading.enumerate():
+            if "connection_worker" in thread.name:
+                thread.join(10)
         assert not any(busy), "connections were not given back"

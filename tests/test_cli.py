@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from commands import Home, Shell
@@ -13,7 +14,7 @@ PHASES = ("failed", "succeeded", "timeout", "canceled", "exhausted")
 
 
 @pytest.fixture
-def shell(tmp_path, monkeypatch, capsys) -> Shell:
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(Home(tmp_path), monkeypatch, capsys)
 
 
@@ -125,7 +126,7 @@ def test_tasks_lists_each_with_its_latest_run(shell: Shell, database: str) -> No
         ["C", "2", "succeeded"],
         ["a", "2", "succeeded"],
     ]
-    assert table.err == "taskruns: there are more: --after 'a'\n"
+    assert table.err == "taskruns: there are more: --after a\n"
     rest = shell("tasks", "--json", "--after", "a", "--db", database)
     assert [run.task_id for run in parsed(rest.out)] == ["a b", "b", "ä"]
 

@@ -15,7 +15,6 @@ from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SAWarning
-from sqlalchemy.pool import NullPool
 
 DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}
 ASYNC_DRIVERS = {"sqlite": "aiosqlite", "postgresql": "psycopg", "mysql": "aiomysql", "mariadb": "aiomysql"}
@@ -110,8 +109,8 @@ def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[st
         if read_only and is_file(url):
             url = url.set(database=f"file:{quote(url.database or '')}")
             query |= {"mode": "ro", "uri": "true"}  # or better, see _reading_mode()
-            # A connection that is kept may hold on to what it found, see there.
-            return {"url": url.set(query=query), "connect_args": arguments, "poolclass": NullPool}
+            # A connection that is used again may not see what has been written since, see there.
+            return {"url": url.set(query=query), "connect_args": arguments, "pool_recycle": 0}
         if read_only and str(url.database).startswith("file:") and ":memory:" not in str(url.database):
             query.setdefault("mode", "ro")
         return {"url": url.set(query=query), "connect_args": arguments}

@@ -3,7 +3,7 @@
 import os
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,9 +55,10 @@ class Database:
     def reading(self) -> TaskRunHistory:
         """Open the history to read it; nothing is created or changed."""
         self.require()
-        with self.options_checked():
-            history = TaskRunHistory.connect(self.url, read_only=True)
+        with self.options_checked(), ExitStack() as opened:
+            history = opened.enter_context(TaskRunHistory.connect(self.url, read_only=True))
             history.check_version()  # the first connection, where drivers find what they cannot use
+            opened.pop_all()
         return history
 
     @contextmanager

@@ -83,6 +83,8 @@ def _reading() -> Iterator[Connection]:
     with found.options_checked():
         own = engine.create(found.url, read_only=True)
         connection = own.connect()
-    with connection:
-        yield connection
-    own.dispose()
+    try:
+        with connection:
+            yield connection
+    finally:
+        own.dispose()

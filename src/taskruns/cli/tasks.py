@@ -30,7 +30,8 @@ class TaskId(click.ParamType[Any]):
     ) -> list[CompletionItem]:
         """Return the tasks with this beginning."""
         try:
-            with Database.find(context.find_root().params.get("db")).reading() as history:
+            root = context.find_root()
+            with Database.find(root.obj or root.params.get("db")).reading() as history:
                 # The greatest id that comes before all those with this beginning, or near enough.
                 before = incomplete and incomplete[:-1] + chr(ord(incomplete[-1]) - 1) + chr(sys.maxunicode)
                 tasks = history.tasks(after=before or None, limit=_MOST)

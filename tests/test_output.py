@@ -1,0 +1,205 @@
+"""How results look: on a terminal, in a pipe, in an old locale, with hostile text in them."""
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import Home, Shell
+
+from taskruns import TaskPhase, TaskRunHistory
+
+HOSTILE = (
+    "\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b2J \r overwritten \b\b [bold]markup[/bold] [/] [link=x]y[/link] "
+    ":smile: \u202eright to left\u202c \u2028 \ufeff 家族 👩‍👩‍👧‍👦 é\u0301 %s {x} \\ ' \""
+)
+COMMANDS = [("runs", "job"), ("show", "job"), ("last", "job"), ("tasks",), ("active",)]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path)
+
+
+@pytest.fixture
+def shell(home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(home, monkeypatch, capsys)
+
+
+def failed(url: str, error: str, task: str = "job", source: str = "host") -> None:
+    with TaskRunHistory.connect(url, source=source) as history:
+        history.upgrade()
+        run = history.open_run(task)
+        history.close_run(task, run.attempt, TaskPhase.FAILED, error=error, exit_code=3)
+
+
+def on_terminal(home: Home, *arguments: str, columns: int = 80, **environment: str) -> str:
+    """Run the command line on a terminal of its own and return what it printed there."""
+    master, terminal = pty.openpty()
+    os.set_blocking(master, False)
+    surroundings = {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24", "LC_ALL": "C.UTF-8"}
+    inherited = {name: value for name, value in home.environment.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    process = subprocess.Popen(
+        [home.program, *arguments],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=inherited | surroundings | environment,
+    )
+    os.close(terminal)
+    printed = b""
+    while True:
+        select.select([master], [], [], 30)
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:  # all of the other side is closed
+            break
+        if not chunk:
+            break
+        printed += chunk
+    os.close(master)
+    assert process.wait(30) == 0
+    return printed.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_piped_output_has_no_colour(shell: Shell, sqlite: str, command: tuple[str, ...]) -> None:
+    failed(sqlite, "broken")
+    with TaskRunHistory.connect(sqlite) as history:
+        history.open_run("job")
+    answer = shell(*command, "--db", sqlite)
+    assert answer.status == 0
+    assert "running" in answer.out
+    assert "\x1b" not in answer.out + answer.err
+
+
+def test_terminal_gets_a_coloured_table_and_no_color_is_respected(home: Home, sqlite: str) -> None:
+    failed(sqlite, "the disk is full")
+    coloured = on_terminal(home, "runs", "job", "--db", sqlite, columns=120)
+    assert re.search(r"\x1b\[31mfailed", coloured)
+    assert "the disk is full" in coloured
+    plain = on_terminal(home, "runs", "job", "--db", sqlite, columns=120, NO_COLOR="1")
+    assert not re.search(r"\x1b\[[\d;]*3\dm", plain)
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == re.sub(r"\x1b\[[\d;]*m", "", plain)
+    assert "\x1b" not in on_terminal(home, "runs", "job", "--db", sqlite, TERM="dumb")
+    assert "\x1b" not in on_terminal(home, "runs", "job", "--json", "--db", sqlite)
+
+
+@pytest.mark.parametrize("columns", [20, 80])
+def test_table_fits_a_terminal(home: Home, sqlite: str, columns: int) -> None:
+    failed(sqlite, "words " * 100, task="a task with a long name " * 4 + "x")
+    printed = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(home, "tasks", "--db", sqlite, columns=columns))
+    assert max(len(line) for line in printed.splitlines()) <= columns
+
+
+@pytest.mark.parametrize("command", COMMANDS[:4])
+def test_hostile_text_does_no_harm_in_a_pipe(shell: Shell, sqlite: str, command: tuple[str, ...]) -> None:
+    failed(sqlite, HOSTILE, source="[red]家[/red]")
+    answer = shell(*command, "--db", sqlite)
+    assert answer.status == 0
+    assert not set("\x1b\x07\x9b\r\b\u202e\u2028\ufeff") & set(answer.out)
+    for kept in ("[red]家[/red]", "{x}") if command[0] != "runs" else ("[red]家[/red]",):
+        assert kept in answer.out
+
+
+def test_hostile_text_does_no_harm_on_a_terminal(home: Home, sqlite: str) -> None:
+    failed(sqlite, HOSTILE, task="[bold]x[/bold] [/nothing]")
+    for command in (("runs",), ("show",), ("tasks",)):
+        arguments = command if command == ("tasks",) else (*command, "[bold]x[/bold] [/nothing]")
+        printed = on_terminal(home, *arguments, "--db", sqlite, columns=400)
+        assert not set("\x07\x9b\b\u202e\u2028") & set(printed)
+        assert "\x1b]" not in printed
+        assert not re.search(r"\x1b(?!\[[\d;]*m)", printed)
+        if command != ("runs",):
+            assert "[bold]x[/bold] [/nothing]" in printed
+
+
+def test_hostile_text_is_told_unchanged_as_json(shell: Shell, sqlite: str) -> None:
+    failed(sqlite, HOSTILE)
+    answer = shell("runs", "job", "--json", "--db", sqlite)
+    assert len(answer.out.split("\n")) == 2
+    assert json.loads(answer.out)["error"] == HOSTILE
+    assert not set("\x1b\x07\r\b") & set(answer.out)
+
+
+def test_columns_stay_in_line_below_wide_characters(shell: Shell, sqlite: str) -> None:
+    for task in ("家族", "abcd", "é", "🎉"):
+        failed(sqlite, "x", task=task)
+    lines = shell("tasks", "--db", sqlite).out.splitlines()
+    wide = {"家": 2, "族": 2, "🎉": 2}
+    starts = {sum(wide.get(character, 1) for character in line[: line.index("failed")]) for line in lines[1:]}
+    assert len(starts) == 1
+
+
+@pytest.mark.parametrize("options", [("--json",), ()])
+def test_reader_that_ends_early_gets_no_traceback(home: Home, sqlite: str, options: tuple[str, ...]) -> None:
+    with TaskRunHistory.connect(sqlite) as history, history.begin() as runs:
+        for _ in range(3000):
+            runs.open_run("job", submission="x" * 200)
+    line = " ".join([home.program, "runs", "job", "--limit", "3000", "--db", sqlite, *options])
+    done = subprocess.run(
+        ["bash", "-c", f"{line} | head -1; echo ${{PIPESTATUS[0]}}"],
+        env=home.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[1] == "141"
+    assert "3000" in done.stdout or "ATTEMPT" in done.stdout
+
+
+def test_output_that_cannot_be_written_is_said(home: Home, sqlite: str) -> None:
+    failed(sqlite, "x")
+    line = f"{home.program} runs job --json --db {sqlite} >/dev/full"
+    done = subprocess.run(["sh", "-c", line], env=home.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "taskruns: [Errno 28] No space left on device\n"
+
+
+def test_output_that_is_closed_is_as_good_as_none(home: Home, sqlite: str) -> None:
+    failed(sqlite, "x")
+    line = f"{home.program} runs job --json --db {sqlite} >&-"
+    done = subprocess.run(["sh", "-c", line], env=home.environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("stream", ["2>/dev/full", "2>&1 | true", "2>&-"])
+def test_warning_that_cannot_be_written_is_nothing_to_the_command(home: Home, stream: str) -> None:
+    ran, status = home.path / "ran", home.path / "status"
+    command = f"{home.program} exec --db oracle:// job --retries 1 --backoff 0.01 -- sh -c 'echo x >> {ran}; exit 3'"
+    line = f"(sleep 0.1; {command}; echo $? > {status}) {stream}"
+    subprocess.run(["bash", "-c", line], env=home.environment, capture_output=True, check=False)
+    assert (ran.read_text(), status.read_text()) == ("x\nx\n", "3\n")
+
+
+@pytest.mark.parametrize("options", [("--json",), ()])
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C"}])
+def test_locale_that_lacks_characters(
+    home: Home, sqlite: str, options: tuple[str, ...], locale: dict[str, str]
+) -> None:
+    failed(sqlite, "naïve 家族 🎉")
+    command = [home.program, "runs", "job", "--db", sqlite, *options]
+    done = subprocess.run(command, env=home.environment | locale, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    if options:
+        assert json.loads(done.stdout)["error"] == "naïve 家族 🎉"
+    else:
+        assert b"na" in done.stdout
+
+
+def test_task_id_in_a_message_does_no_harm(shell: Shell, sqlite: str) -> None:
+    answer = shell("runs", "\u202ex\u2028y", "--db", sqlite)
+    assert answer.status == 1
+    assert not {"\u202e", "\u2028"} & set(answer.err)
+    assert len(answer.err.splitlines()) == 1
+
+
+def test_very_long_error_is_shown_whole_by_show_alone(shell: Shell, sqlite: str) -> None:
+    failed(sqlite, "\n".join(f"line {number}" for number in range(5000)))
+    assert "line 2 " not in shell("runs", "job", "--db", sqlite).out
+    assert "  line 2\n" in shell("show", "job", "--db", sqlite).out
