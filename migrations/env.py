@@ -8,6 +8,7 @@ from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import Connection, func, select
 
 from taskruns import engine, schema
+from taskruns.url import parse_name
 
 LOCK_KEY = 0x7461736B72756E73  # "taskruns"
 LOCK_NAME = "taskruns migrate"
@@ -29,16 +30,19 @@ def migrate(connection: Connection) -> None:
     On PostgreSQL and SQLite they are one transaction. MariaDB commits each DDL statement by itself.
     """
     backend = connection.dialect.name
-    if backend == "sqlite":
-        connection.execution_options(taskruns_begin="IMMEDIATE")
-    else:
+    if backend != "sqlite":
         connection.execution_options(isolation_level="READ COMMITTED")
     if backend in ("mysql", "mariadb"):
         with connection.begin():
             if connection.scalar(select(func.get_lock(LOCK_NAME, LOCK_TIMEOUT))) != 1:
                 raise TimeoutError(f"another migration has been running for more than {LOCK_TIMEOUT} s")
+    sqlite = connection.connection.dbapi_connection if backend == "sqlite" else None
     try:
         with connection.begin():
+            if sqlite is not None:
+                # The driver's own transactions begin late, and not before DDL. Ours begin nothing by themselves.
+                isolation_level, sqlite.isolation_level = sqlite.isolation_level, None
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
             if backend == "postgresql":
                 # Of the transaction, not of the session: so it works behind PgBouncer too.
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK_KEY)))
@@ -50,6 +54,8 @@ def migrate(connection: Connection) -> None:
             )
             context.run_migrations()
     finally:
+        if sqlite is not None:
+            sqlite.isolation_level = isolation_level
         if backend in ("mysql", "mariadb"):
             with connection.begin():
                 connection.scalar(select(func.release_lock(LOCK_NAME)))
@@ -63,7 +69,7 @@ def url() -> str:
 
 
 if context.is_offline_mode():
-    parsed = engine.parse_url(url())
+    parsed = parse_name(url())
     context.configure(
         url=parsed,
         literal_binds=True,
@@ -75,7 +81,7 @@ if context.is_offline_mode():
 elif "connection" in config.attributes:
     migrate(config.attributes["connection"])
 else:
-    own = engine.create(url())
+    own = engine.create(parse_name(url()))
     with own.connect() as connection:
         migrate(connection)
     own.dispose()

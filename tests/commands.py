@@ -64,7 +64,7 @@ class Shell:
         for name in [name for name in os.environ if name not in home.environment]:
             monkeypatch.delenv(name)
         monkeypatch.setenv("HOME", str(home.path))
-        monkeypatch.setattr("taskruns.cli.database.SYSTEM_CONFIG", home.path / "etc" / "taskruns.toml")
+        monkeypatch.setattr("taskruns.cli.discovery.SYSTEM_CONFIG", home.path / "etc" / "taskruns.toml")
 
     def __call__(self, *arguments: str) -> Answer:
         self._capsys.readouterr()

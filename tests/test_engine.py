@@ -13,9 +13,10 @@ from histories import Histories
 from sqlalchemy import event, make_url, select
 from sqlalchemy.exc import OperationalError
 
-from taskruns import RunExistsError, TaskRunHistory, engine, statements
+from taskruns import RunExistsError, TaskRunHistory, statements
 from taskruns.aio import AsyncTaskRunHistory
 from taskruns.schema import task_runs
+from taskruns.url import ASYNC_DRIVERS, hide_password, parse_url
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
@@ -57,8 +58,8 @@ def test_wrong_url_is_a_value_error_without_the_password(history_class: Any, url
     ],
 )
 def test_url_gets_its_driver(url: str, sync: str, asynchronous: str) -> None:
-    assert engine.parse_url(url).drivername == sync
-    assert engine.parse_url(url, drivers=engine.ASYNC_DRIVERS).drivername == asynchronous
+    assert parse_url(url).drivername == sync
+    assert parse_url(url, drivers=ASYNC_DRIVERS).drivername == asynchronous
 
 
 def test_relative_path_is_that_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +72,7 @@ def test_relative_path_is_that_of_the_moment(tmp_path: Path, monkeypatch: pytest
 
 def test_password_is_hidden_wherever_it_stands() -> None:
     url = make_url("postgresql://bob:s%40cret@h/d?password=s@cret&sslpassword=s@cret&application_name=x")
-    hidden = engine.hide_password(url)
+    hidden = hide_password(url)
     assert "cret" not in hidden
     assert hidden.startswith("postgresql://bob:***@h/d?")
     assert "application_name=x" in hidden

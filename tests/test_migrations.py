@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Engine, Inspector, create_engine, inspect, ma
 from taskruns import TaskRunHistory, engine, migrate
 from taskruns.aio import AsyncTaskRunHistory
 from taskruns.schema import SCHEMA_VERSION, VERSION_TABLE, metadata
+from taskruns.url import parse_url
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -186,7 +187,7 @@ def test_commands_from_the_repository_root(databases: Databases, monkeypatch: py
 
 @pytest.mark.parametrize("url", ["sqlite://", "postgresql://u:p%40ss@h/d", "mariadb://u:p%40ss@h/d", "mysql://h/d"])
 def test_offline_sql_touches_no_database(url: str) -> None:
-    script = migrate.sql(engine.parse_url(url))
+    script = migrate.sql(parse_url(url))
     assert "CREATE TABLE" in script
     assert f"'{SCHEMA_VERSION}'" in script
     assert "CREATE INDEX" in script
@@ -196,7 +197,7 @@ def test_offline_sql_touches_no_database(url: str) -> None:
 
 
 def test_offline_sql_builds_the_same_tables(empty_database: str, own: Engine, kind: str, databases: Databases) -> None:
-    script = migrate.sql(engine.parse_url(empty_database))
+    script = migrate.sql(parse_url(empty_database))
     if kind == "sqlite":
         file = sqlite3.connect(str(own.url.database))
         file.executescript(script)

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 from commands import Home
-from conftest import available
-from servers import Databases, free_port
+from servers import Databases, available, free_port
 from sqlalchemy import make_url
 
 from taskruns import TaskRun, TaskRunHistory
@@ -225,7 +224,14 @@ class Outages:
         yield ""
 
 
-OUTAGES = [name for name in vars(Outages) if not name.startswith("_")]
+ALIKE = ("mariadb_that_is_down", "mariadb_that_never_answers", "host_that_does_not_resolve")
+"""What takes its full time and is much like another one."""
+
+OUTAGES = [
+    pytest.param(name, marks=pytest.mark.soak) if name in ALIKE else name
+    for name in vars(Outages)
+    if not name.startswith("_")
+]
 
 
 @pytest.fixture
@@ -275,23 +281,10 @@ def test_command_is_not_held_up_for_long_before_it_starts(home: Home, outages: O
 
 @pytest.mark.parametrize("bad", ["oracle://host/x", "/proc/nope/runs.db"])
 def test_warning_that_cannot_be_written_hinders_nothing(home: Home, bad: str) -> None:
+    command = ("--", "sh", "-c", "echo $TASKRUNS_TRY; exit 3")
     with Path("/dev/full").open("w") as full:
-        done = home.taskruns(
-            "exec",
-            "--db",
-            bad,
-            "job",
-            "--retries",
-            "1",
-            "--backoff",
-            "0s",
-            "--",
-            "sh",
-            "-c",
-            "echo $TASKRUNS_TRY; exit 3",
-            stdout=subprocess.PIPE,
-            stderr=full,
-        )
+        tries = ("--retries", "1", "--backoff", "0s")
+        done = home.taskruns("exec", "--db", bad, "job", *tries, *command, stdout=subprocess.PIPE, stderr=full)
     assert (done.returncode, done.stdout) == (3, "1\n2\n")
 
 
@@ -425,13 +418,13 @@ def gate(postgresql: str) -> Iterator[Gate]:
 
 def test_server_that_comes_up_while_the_command_runs(home: Home, postgresql: str, gate: Gate) -> None:
     through = make_url(postgresql).set(host="127.0.0.1", port=gate.port).render_as_string(hide_password=False)
-    opening = threading.Timer(4, gate.open)
+    opening = threading.Timer(2.5, gate.open)
     opening.start()
-    done = home.taskruns("exec", "--db", through, "job", "--", *timed(10))
+    done = home.taskruns("exec", "--db", through, "job", "--", *timed(7))
     opening.join()
     assert (done.returncode, done.stderr) == (0, "")
     (run,) = home.runs("job", postgresql)
-    check_times(run, done.stdout, 10)
+    check_times(run, done.stdout, 7)
 
 
 def test_server_that_goes_away_while_the_command_runs(home: Home, postgresql: str, gate: Gate, tmp_path: Path) -> None:

@@ -168,15 +168,6 @@ def test_output_that_is_closed_is_as_good_as_none(home: Home, sqlite: str) -> No
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("stream", ["2>/dev/full", "2>&1 | true", "2>&-"])
-def test_warning_that_cannot_be_written_is_nothing_to_the_command(home: Home, stream: str) -> None:
-    ran, status = home.path / "ran", home.path / "status"
-    command = f"{home.program} exec --db oracle:// job --retries 1 --backoff 0.01 -- sh -c 'echo x >> {ran}; exit 3'"
-    line = f"(sleep 0.1; {command}; echo $? > {status}) {stream}"
-    subprocess.run(["bash", "-c", line], env=home.environment, capture_output=True, check=False)
-    assert (ran.read_text(), status.read_text()) == ("x\nx\n", "3\n")
-
-
 @pytest.mark.parametrize("options", [("--json",), ()])
 @pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C"}])
 def test_locale_that_lacks_characters(

@@ -6,8 +6,9 @@ import pytest
 from sqlalchemy import Connection, Select, Table, create_engine, insert, select, text
 from sqlalchemy.pool import NullPool
 
-from taskruns import engine, schema, statements
+from taskruns import schema, statements
 from taskruns.model import TaskPhase
+from taskruns.url import parse_url
 
 RUNS = schema.task_runs.c
 START = datetime(2026, 11, 1, tzinfo=UTC)
@@ -63,7 +64,7 @@ def plan(connection: Connection, query: Select) -> str:
 
 
 def test_every_reader_has_its_index(database: str) -> None:
-    url = engine.parse_url(database)
+    url = parse_url(database)
     kind = {"mysql": "mariadb"}.get(url.get_backend_name(), url.get_backend_name())
     with create_engine(url, poolclass=NullPool).connect() as connection:
         fill(connection, schema.task_runs)

@@ -9,7 +9,12 @@ from histories import Histories
 from sqlalchemy import Engine, Transaction, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from taskruns import TaskPhase, TaskRunHistory, engine
+from taskruns import TaskPhase, TaskRunHistory
+from taskruns.retrying import is_lost, is_refusal
+
+
+def is_transient(error: BaseException) -> bool:
+    return is_lost(error) or is_refusal(error)
 
 
 def caught(url: str, statement: str) -> DBAPIError:
@@ -26,10 +31,10 @@ def caught(url: str, statement: str) -> DBAPIError:
 
 def test_mistakes_are_not_tried_again(database: str) -> None:
     for statement in ("SELECT nothing FROM task_runs", "SELEC", "INSERT INTO task_runs (attempt) VALUES (0)"):
-        assert not engine.is_transient(caught(database, statement))
-    assert not engine.is_transient(ValueError("x"))
-    assert not engine.is_transient(IntegrityError("x", {}, Exception("x")))
-    assert engine.is_transient(ConnectionResetError())
+        assert not is_transient(caught(database, statement))
+    assert not is_transient(ValueError("x"))
+    assert not is_transient(IntegrityError("x", {}, Exception("x")))
+    assert is_transient(ConnectionResetError())
 
 
 def test_busy_sqlite_is_tried_again_until_it_is_free(sqlite: str, histories: Histories) -> None:
@@ -45,7 +50,7 @@ def test_busy_sqlite_is_tried_again_until_it_is_free(sqlite: str, histories: His
     impatient = histories.connect(sqlite, lock_timeout=0.05, retry_for=0.2)
     with pytest.raises(OperationalError, match="locked") as caught:
         impatient.open_run("job")
-    assert engine.is_transient(caught.value)
+    assert is_transient(caught.value)
     blocker.execute("ROLLBACK")
     blocker.close()
     assert len(history.runs("job").runs) == 1

@@ -102,7 +102,7 @@ def listing(history: TaskRunHistory, tasks: str, count: str) -> None:
 
 
 def closing(history: TaskRunHistory, phase: str, count: str, steps: str, own: str) -> None:
-    """Close runs 1 to ``count``, each at the same moment as the other process: both tell in a file how far they are."""
+    """Close runs 1 to ``count``, each when the other process does: both tell in a file how far they are."""
     with (
         Path(steps).open("r+b") as file,
         mmap.mmap(file.fileno(), 0) as memory,

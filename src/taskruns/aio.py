@@ -14,11 +14,15 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from taskruns import engine, migrate
-from taskruns.engine import OnRetry, Retry
+from taskruns.engine import check_prepared
+from taskruns.errors import SchemaVersionError
 from taskruns.history import PAGE, RETRY_FOR, Operation
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
-from taskruns.repository import Phases, RunPage, Start, TaskRunRepository, close_alone, open_alone
+from taskruns.repository import Phases, RunPage, TaskRunRepository
+from taskruns.retrying import OnRetry, Retry
+from taskruns.url import ASYNC_DRIVERS, parse_url
+from taskruns.writing import Start, close_alone, open_alone
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -112,9 +116,10 @@ class AsyncTaskRunHistory:
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
     ) -> None:
+        check_prepared(engine.sync_engine)
         self._engine = engine
         self.on_retry = on_retry
-        self._source = socket.gethostname() if source is None else source
+        self.source = socket.gethostname() if source is None else source
         self._retry_for = retry_for
         self._outage = Outage()
         self._is_current = False
@@ -131,7 +136,7 @@ class AsyncTaskRunHistory:
         on_retry: OnRetry | None = None,
     ) -> Self:
         """Return the history in a database: see :meth:`taskruns.TaskRunHistory.connect`. Not awaited."""
-        parsed = engine.parse_url(url, drivers=engine.ASYNC_DRIVERS)
+        parsed = parse_url(url, drivers=ASYNC_DRIVERS)
         options = engine.engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
         with engine.checked_options(parsed):
             own = create_async_engine(options.pop("url"), **options)
@@ -163,6 +168,15 @@ class AsyncTaskRunHistory:
         """Check that the database's tables suit this code: see :meth:`taskruns.TaskRunHistory.check_version`."""
         await self._call(lambda _connection, _lost: None)
 
+    async def prepare(self) -> None:
+        """Create or upgrade the tables of an SQLite database: see :meth:`taskruns.TaskRunHistory.prepare`."""
+        try:
+            await self.check_version()
+        except SchemaVersionError:
+            if self._engine.dialect.name != "sqlite":
+                raise
+            await self.upgrade()
+
     @asynccontextmanager
     async def begin(self, *, lock: str | None = None) -> AsyncIterator[AsyncTaskRunRepository]:
         """Make one transaction of several calls: see :meth:`taskruns.TaskRunHistory.begin`."""
@@ -171,7 +185,7 @@ class AsyncTaskRunHistory:
             transaction = await connection.run_sync(lambda connection: engine.transaction(connection, lock=lock))
             await connection.run_sync(lambda _: transaction.__enter__())
             try:
-                yield AsyncTaskRunRepository(connection, source=self._source)
+                yield AsyncTaskRunRepository(connection, source=self.source)
             except BaseException as error:
                 cause = error  # told by hand: sys.exc_info() knows nothing of it inside the bridge
                 await connection.run_sync(lambda _: transaction.__exit__(type(cause), cause, cause.__traceback__))
@@ -190,7 +204,7 @@ class AsyncTaskRunHistory:
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
         start = Start.of(
-            task_id, attempt, started_at, self._source if source is None else source, submission, source_attempt
+            task_id, attempt, started_at, self.source if source is None else source, submission, source_attempt
         )
         return await self._call(lambda connection, lost: open_alone(connection, start, lost=lost))
 
@@ -272,7 +286,7 @@ class AsyncTaskRunHistory:
         return await self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     async def _call(self, operation: Operation[T]) -> T:
-        retry = Retry(self.on_retry)
+        retry = Retry(self._retry_for, self.on_retry)
         try:
             return await self._call_once(operation, retry)
         except Exception as error:
@@ -280,7 +294,7 @@ class AsyncTaskRunHistory:
                 raise
         from tenacity import AsyncRetrying  # noqa: PLC0415  (only where something went wrong)
 
-        again = AsyncRetrying(**retry.policy(self._retry_for))
+        again = AsyncRetrying(**retry.policy())
         return await again(self._call_once, operation, retry)
 
     async def _call_once(self, operation: Operation[T], retry: Retry) -> T:

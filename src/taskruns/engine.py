@@ -1,4 +1,4 @@
-"""What each database needs: the driver, settings at connect, transactions, locks, fork safety."""
+"""What each database needs: settings at connect, transactions, locks, fork safety."""
 
 import hashlib
 import os
@@ -7,65 +7,22 @@ import stat
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SAWarning
+from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, func, select
+from sqlalchemy.exc import SAWarning
 
-DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}
-ASYNC_DRIVERS = {"sqlite": "aiosqlite", "postgresql": "psycopg", "mysql": "aiomysql", "mariadb": "aiomysql"}
-_EXTRAS = {"postgresql": "postgres", "mysql": "mysql", "mariadb": "mysql"}
+from taskruns.url import ASYNC_DRIVERS, DRIVERS, EXTRAS, is_file, parse_url
 
 LOCK_TIMEOUT = 30.0
 """Seconds that a writer waits for another one: SQLite's busy timeout, MariaDB's named lock."""
 
-CONNECT_TIMEOUT = 10
+CONNECT_TIMEOUT = 5
 """Seconds to wait for a server, unless the URL has a ``connect_timeout``."""
-
-
-def parse_url(url: str | URL, *, drivers: dict[str, str] = DRIVERS) -> URL:
-    """Return the URL of a database with its driver named and, for SQLite, the file's path made absolute.
-
-    Raises:
-        ValueError: this is not the URL of a database that taskruns supports.
-    """
-    if isinstance(url, str) and "://" not in url:
-        raise ValueError("a database is named by a URL, such as sqlite:///runs.db or postgresql://host/name")
-    try:
-        parsed = make_url(url)
-        backend, _, driver = parsed.drivername.partition("+")
-    except (ArgumentError, ValueError):  # neither message repeats the URL, which may hold a password
-        raise ValueError(
-            "the database URL is not valid: it has the form scheme://user:password@host:port/name"
-        ) from None
-    backend = {"postgres": "postgresql"}.get(backend, backend)
-    if backend not in drivers:
-        raise ValueError(f"{backend!r} is not a supported database; these are: {', '.join(drivers)}")
-    if not driver or driver in {*DRIVERS.values(), *ASYNC_DRIVERS.values()}:
-        driver = drivers[backend]
-    parsed = parsed.set(drivername=f"{backend}+{driver}")
-    if backend == "sqlite" and is_file(parsed):
-        # A later change of the working directory must not change which file it is.
-        parsed = parsed.set(database=str(Path(parsed.database or "").absolute()))
-    return parsed
-
-
-def is_file(url: URL) -> bool:
-    """Whether this is an SQLite database in a plain file: neither in memory nor a ``file:`` URI."""
-    name = url.database
-    return (
-        url.get_backend_name() == "sqlite" and bool(name) and name != ":memory:" and not str(name).startswith("file:")
-    )
-
-
-def hide_password(url: URL) -> str:
-    """Return the URL as text without its password, wherever it stands in it."""
-    secret = {key: "***" for key in url.query if "pass" in key.lower()}
-    return url.update_query_dict(secret).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
 def create(url: str | URL, *, read_only: bool = False, lock_timeout: float = LOCK_TIMEOUT) -> Engine:
@@ -92,7 +49,7 @@ def checked_options(url: URL) -> Iterator[None]:
     except SAWarning as error:
         raise ValueError(f"an option of the database URL is wrong: {error}") from None
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(url.get_backend_name(), "asyncio")
+        extra = EXTRAS.get(url.get_backend_name(), "asyncio")
         message = f"{url.get_backend_name()} needs {error.name}: pip install 'taskruns[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name) from None
 
@@ -113,8 +70,14 @@ def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[st
             return {"url": url.set(query=query), "connect_args": arguments, "pool_recycle": 0}
         if read_only and str(url.database).startswith("file:") and ":memory:" not in str(url.database):
             query.setdefault("mode", "ro")
-        return {"url": url.set(query=query), "connect_args": arguments}
-    if "connect_timeout" not in query:
+        options: dict[str, Any] = {"url": url.set(query=query), "connect_args": arguments}
+        if url.database in (None, "", ":memory:"):
+            # One database for all threads, which otherwise had one each.
+            options["poolclass"] = StaticPool
+            if url.get_driver_name() == "pysqlite":
+                arguments["check_same_thread"] = False
+        return options
+    if "connect_timeout" not in query and url.get_driver_name() in {*DRIVERS.values(), *ASYNC_DRIVERS.values()}:
         arguments["connect_timeout"] = CONNECT_TIMEOUT
     if backend == "postgresql":
         threshold = query.pop("prepare_threshold", None)
@@ -147,6 +110,12 @@ def prepared(engine: Engine, url: URL, *, read_only: bool) -> Engine:
         _prepare_sqlite(engine, url, read_only=read_only)
     _engines.add(engine)
     return engine
+
+
+def check_prepared(engine: Engine) -> None:
+    """Refuse an engine of another make: what is written through it might never be committed."""
+    if engine not in _engines:
+        raise ValueError("a history makes its own engine, see connect(); TaskRunRepository takes a connection of yours")
 
 
 def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
@@ -270,67 +239,6 @@ def _lock_name(connection: Connection, task_id: str) -> str:
     # Locks are the server's, not the database's, and their names have at most 64 characters on MySQL.
     database = connection.engine.url.database or ""
     return "taskruns:" + hashlib.sha256(f"{database}\0{task_id}".encode()).hexdigest()[:40]
-
-
-_TRANSIENT_SQLSTATES = {"40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03"}
-_TRANSIENT_MYSQL_ERRORS = {1020, 1040, 1053, 1205, 1213, 1927, 2002, 2003, 2006, 2013}
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether to try again: busy, deadlock, serialization failure, too many or lost connections."""
-    return is_lost(error) or is_refusal(error)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether the connection was lost, and with it perhaps the answer that all was written."""
-    return isinstance(error, ConnectionError) or (isinstance(error, DBAPIError) and error.connection_invalidated)
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether the database has written nothing, and may do so if it is asked again."""
-    if not isinstance(error, DBAPIError) or isinstance(error, IntegrityError):
-        return False
-    cause: Any = error.orig
-    if isinstance(cause, sqlite3.Error):
-        return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-    if hasattr(cause, "sqlstate"):
-        # None is what psycopg has for a connection that could not be made, whatever the reason.
-        state = cause.sqlstate
-        unreached = state is None and isinstance(error, OperationalError)
-        return unreached or (state is not None and (state in _TRANSIENT_SQLSTATES or state.startswith("08")))
-    return bool(cause is not None and cause.args and cause.args[0] in _TRANSIENT_MYSQL_ERRORS)
-
-
-OnRetry = Callable[[BaseException], None]
-"""What is told of an error after which a call is tried again."""
-
-
-class Retry:
-    """The tries of one call: which errors are worth another, and whether an answer was lost on the way."""
-
-    def __init__(self, on_retry: OnRetry | None = None) -> None:
-        self.lost = False
-        self._on_retry = on_retry
-
-    def is_worth_it(self, error: BaseException) -> bool:
-        """Whether to try again after ``error``."""
-        self.lost = self.lost or is_lost(error)
-        if not is_transient(error):
-            return False
-        if self._on_retry is not None:
-            self._on_retry(error)
-        return True
-
-    def policy(self, seconds: float) -> dict[str, Any]:
-        """Return the arguments of tenacity's retrying, which waits longer from try to try, at random."""
-        import tenacity  # noqa: PLC0415  (only where something went wrong)
-
-        return {
-            "retry": tenacity.retry_if_exception(self.is_worth_it),
-            "stop": tenacity.stop_after_delay(seconds),
-            "wait": tenacity.wait_random_exponential(multiplier=0.02, max=5),
-            "reraise": True,
-        }
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

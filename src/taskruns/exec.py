@@ -10,18 +10,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tenacity import Retrying
 
 from taskruns import process
-from taskruns.engine import OnRetry, Retry
 from taskruns.history import TaskRunHistory
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.process import Ended, Signals
-from taskruns.recording import cause_of
+from taskruns.retrying import OnRetry, Retry, cause_of
 
 PATIENCE = 5.0
 """Seconds that a command and its retries are held up by a database, in all.
@@ -40,7 +38,7 @@ OPENING_PATIENCE = 2.0
 
 
 Connect = Callable[[OnRetry], TaskRunHistory]
-"""Opens the history; its calls tell of each transient error. It may take its time, and it may fail."""
+"""Returns the history, whose calls tell of each transient error. It may fail, but it waits for no database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ def execute(plan: Plan, connect: Connect, say: Callable[[str], None]) -> int:
 
     Args:
         plan: What to run and how.
-        connect: Opens the history, in another thread.
+        connect: Returns the history.
         say: Takes a line for the user.
     """
     with Signals() as signals:
@@ -155,6 +153,9 @@ def _sleep(seconds: float, signals: Signals) -> bool:
     return signals.stopped_by is not None
 
 
+_SILENCE = "the database does not answer"
+
+
 def _patience() -> float:
     crowd = os.getloadavg()[0] / (os.cpu_count() or 1) / CROWD
     return min(max(PATIENCE, PATIENCE * crowd), MOST_PATIENCE)
@@ -164,9 +165,14 @@ class _Recorder:
     """Records runs with a bounded patience, and says once if one cannot be recorded."""
 
     def __init__(self, connect: Connect, signals: Signals, say: Callable[[str], None]) -> None:
-        # One history for all attempts: what it has learned of the database is not asked again.
-        self._connect = cache(lambda: connect(self._note))
-        self._trouble = "the database does not answer"
+        # Here, where drivers are imported, before there is a database to be patient with; and once for all attempts, as
+        # what a history has learned of the database is not asked again.
+        self._history, self._failure = None, None
+        try:
+            self._history = connect(self._note)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the command goes on)
+            self._failure = cause_of(error)
+        self._trouble: str | None = None
         self._signals = signals
         self._say = say
         self._spent = 0.0
@@ -174,41 +180,48 @@ class _Recorder:
 
     def open(self, plan: Plan, submission: str | None, source_attempt: int | None) -> "_Record":
         """Begin to record an attempt, and wait a while for its number."""
-        record = _Record(plan, submission, source_attempt, self._connect, self._signals.wake)
+        record = _Record(plan, submission, source_attempt, self._history, self._signals.wake)
+        if self._history is None:
+            self._warn(self._failure)
+            return record
         record.begin()
-        self._wait(record.is_open, OPENING_PATIENCE, stop_early=True, is_reached=False)
+        # Whether a command may start at all is worth more waiting, as long as nothing speaks against the database.
+        most = MOST_PATIENCE if plan.no_overlap else OPENING_PATIENCE
+        self._wait(record.is_open, most, lambda: plan.no_overlap and self._trouble is None, stop_early=True)
         record.start_anyway()
         if record.failure is not None:
             self._warn(record.failure)
         elif plan.no_overlap and record.run is None and record.overlaps is None and self._signals.stopped_by is None:
-            self._warn(f"whether {plan.task_id} is running already is not known, since {self._trouble}")
+            self._warn(f"whether {plan.task_id} is running already is not known, since {self._trouble or _SILENCE}")
         return record
 
     def close(self, record: "_Record", phase: TaskPhase, error: str | None, exit_code: int) -> None:
         """Record how an attempt ended, and wait a while until it is written."""
+        if self._history is None:
+            return
         record.end(phase, error, exit_code)
-        self._wait(record.is_done, MOST_PATIENCE, stop_early=False, is_reached=record.run is not None)
+        self._wait(record.is_done, MOST_PATIENCE, lambda: record.run is not None, stop_early=False)
         if not record.is_written:
             self._warn(record.failure or self._trouble)
 
     def _note(self, error: BaseException) -> None:
         self._trouble = cause_of(error)
 
-    def _wait(self, event: threading.Event, most: float, *, stop_early: bool, is_reached: bool) -> None:
+    def _wait(self, event: threading.Event, most: float, is_reached: Callable[[], bool], *, stop_early: bool) -> None:
         began = time.monotonic()
         while not event.is_set() and not (stop_early and self._signals.stopped_by is not None):
             waited = time.monotonic() - began
-            patience = _patience() if is_reached else PATIENCE
+            patience = _patience() if is_reached() else PATIENCE
             left = min(most - waited, patience - self._spent - waited)
             if left <= 0:
                 break
             self._signals.wait(min(left, 1.0))
         self._spent += time.monotonic() - began
 
-    def _warn(self, why: str) -> None:
+    def _warn(self, why: str | None) -> None:
         if not self._is_said:
             self._is_said = True
-            self._say(f"not recorded as it should be, the command runs all the same: {why}")
+            self._say(f"not recorded as it should be, the command runs all the same: {why or _SILENCE}")
 
 
 class _Record:
@@ -223,11 +236,11 @@ class _Record:
         plan: Plan,
         submission: str | None,
         source_attempt: int | None,
-        connect: Callable[[], TaskRunHistory],
+        history: TaskRunHistory | None,
         wake: Callable[[], None],
     ) -> None:
         self._plan = plan
-        self._connect = connect
+        self._history = history
         self._wake = wake
         self._start: dict[str, Any] = {"submission": submission, "source_attempt": source_attempt}
         self._end: dict[str, Any] = {}
@@ -282,24 +295,27 @@ class _Record:
 
     def _attempt(self, step: Callable[[TaskRunHistory], None]) -> None:
         """Do a step and hold no connection after it: there may be more commands running than connections."""
+        assert self._history is not None  # noqa: S101  (or this thread would not run)
         try:
-            with self._connect() as history:
-                step(history)
+            with self._history:
+                step(self._history)
         except Exception as error:  # noqa: BLE001  (whatever it is, the command goes on)
             self.failure = cause_of(error)
         else:
             self.failure = None
 
     def _open(self, history: TaskRunHistory) -> None:
-        self.run = Retrying(**Retry(history.on_retry).policy(math.inf))(self._open_once, history)
+        history.prepare()
+        self.run = Retrying(**Retry(math.inf, history.on_retry).policy())(self._open_once, history)
 
     def _open_once(self, history: TaskRunHistory) -> TaskRun | None:
         with history.begin(lock=self._plan.task_id) as runs:
             self._starts_now()  # now that nobody is waited for any more
             active = runs.active_runs(self._plan.task_id) if self._plan.no_overlap or self._is_repeated else []
-            for run in active:
-                if run.started_at == self._start["started_at"]:
-                    return run  # by an earlier try, whose answer was lost
+            if self._is_repeated:
+                for run in active:
+                    if (run.started_at, run.source) == (self._start["started_at"], history.source):
+                        return run  # by an earlier try, whose answer was lost
             with self._decision:
                 if active and self._plan.no_overlap and not self._starts_anyway:
                     self.overlaps = active[0]

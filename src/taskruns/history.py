@@ -9,10 +9,13 @@ from typing import Self, TypeVar
 from sqlalchemy import URL, Connection, Engine
 
 from taskruns import engine, migrate
-from taskruns.engine import OnRetry, Retry
+from taskruns.engine import check_prepared
+from taskruns.errors import SchemaVersionError
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
-from taskruns.repository import Phases, RunPage, Start, TaskRunRepository, close_alone, open_alone
+from taskruns.repository import Phases, RunPage, TaskRunRepository
+from taskruns.retrying import OnRetry, Retry
+from taskruns.writing import Start, close_alone, open_alone
 
 T = TypeVar("T")
 
@@ -41,9 +44,10 @@ class TaskRunHistory:
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
     ) -> None:
+        check_prepared(engine)
         self._engine = engine
         self.on_retry = on_retry
-        self._source = socket.gethostname() if source is None else source
+        self.source = socket.gethostname() if source is None else source
         self._retry_for = retry_for
         self._outage = Outage()
         self._is_current = False
@@ -99,6 +103,19 @@ class TaskRunHistory:
         """
         self._call(lambda _connection, _lost: None)
 
+    def prepare(self) -> None:
+        """Create or upgrade the tables of an SQLite database where needed; on a server they have to be there.
+
+        Raises:
+            SchemaVersionError: the tables do not suit this code.
+        """
+        try:
+            self.check_version()
+        except SchemaVersionError:
+            if self._engine.dialect.name != "sqlite":
+                raise
+            self.upgrade()
+
     @contextmanager
     def begin(self, *, lock: str | None = None) -> Iterator[TaskRunRepository]:
         """Make one transaction of several calls, committed at the end or rolled back by an exception.
@@ -108,7 +125,7 @@ class TaskRunHistory:
         with self._engine.connect() as connection:
             self._require_current(connection)
             with engine.transaction(connection, lock=lock):
-                yield TaskRunRepository(connection, source=self._source)
+                yield TaskRunRepository(connection, source=self.source)
 
     def open_run(
         self,
@@ -122,7 +139,7 @@ class TaskRunHistory:
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
         start = Start.of(
-            task_id, attempt, started_at, self._source if source is None else source, submission, source_attempt
+            task_id, attempt, started_at, self.source if source is None else source, submission, source_attempt
         )
         return self._call(lambda connection, lost: open_alone(connection, start, lost=lost))
 
@@ -208,7 +225,7 @@ class TaskRunHistory:
         return self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     def _call(self, operation: Operation[T]) -> T:
-        retry = Retry(self.on_retry)
+        retry = Retry(self._retry_for, self.on_retry)
         try:
             return self._call_once(operation, retry)
         except Exception as error:
@@ -216,7 +233,7 @@ class TaskRunHistory:
                 raise
         from tenacity import Retrying  # noqa: PLC0415  (only where something went wrong)
 
-        again = Retrying(**retry.policy(self._retry_for))
+        again = Retrying(**retry.policy())
         result: T = again(self._call_once, operation, retry)
         return result
 

@@ -91,8 +91,9 @@ class TaskRun:
 
     def __post_init__(self) -> None:
         # These hold for every stored run, as constraints of the table; so a reader never trips over them.
-        if not 1 <= self.attempt <= MAX_ATTEMPT:
-            raise ValueError(f"attempt must be 1 to {MAX_ATTEMPT}, not {self.attempt}")
+        _checked_number(self.attempt, "attempt", 1, MAX_ATTEMPT)
+        if not isinstance(self.phase, TaskPhase):
+            raise TypeError(f"phase is a TaskPhase, not {self.phase!r}")
         if self.phase is TaskPhase.PENDING:
             raise ValueError("a run is running or has ended, it is never pending")
         if self.started_at.tzinfo is None or (self.finished_at is not None and self.finished_at.tzinfo is None):
@@ -194,6 +195,8 @@ class TaskRun:
             ValueError: a key is missing, or a value is outside its rules.
             TypeError: a value has the wrong type.
         """
+        if not isinstance(wire, Mapping):
+            raise TypeError(f"a run is a JSON object, not {wire!r}")
         missing = [key for key in ("taskId", "attempt", "phase", "startedAt") if wire.get(key) is None]
         if missing:
             raise ValueError(f"the run lacks {', '.join(missing)}")
@@ -249,7 +252,10 @@ class Outcome:
 
     def is_within(self, run: TaskRun) -> bool:
         """Whether ``run`` may be what this outcome has made of a lower one: told in part by this, in part before."""
-        return self.phase is run.phase and self.error in (None, run.error) and self.exit_code in (None, run.exit_code)
+        if self.phase is not run.phase:
+            return False
+        is_filled = self.phase is TaskPhase.EXHAUSTED  # which keeps what the failure before it has said
+        return is_filled or (self.error in (None, run.error) and self.exit_code in (None, run.exit_code))
 
 
 def checked_phase(value: str) -> TaskPhase:
@@ -298,7 +304,7 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL refuses NUL, no en
 
 # The password of a URL: up to the last "@" before the path, else (an unescaped "/" in it) up to the next "@", unless
 # what stands there is a port. The lengths are bounded so that hostile text costs no more than linear time.
-_URL_PASSWORD = re.compile(r"(://[^\s/:@]{0,256}):(?:[^\s/]{1,512}@|(?!\d+[/?#])[^\s@]{1,512}@)(?:[^\s/]{1,512}@)*")
+_URL_PASSWORD = re.compile(r"(://[^\s/:]{0,256}):(?:[^\s/]{1,2048}@|(?!\d+[/?#])[^\s@]{1,2048}@)(?:[^\s/]{1,2048}@)*")
 
 
 def clean_error(text: str | None) -> str | None:

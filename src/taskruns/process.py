@@ -64,21 +64,22 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The pipe stays open: a thread may still wake us, and must not write into whatever gets its number.
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        os.close(self._reader)
-        os.close(self._writer)
 
     def wait(self, seconds: float | None) -> list[int]:
         """Return the signals that have come, waiting for one; it may return early with none."""
-        select.select([self._reader], [], [], seconds)
+        poll = select.poll()  # select() cannot do with descriptors past 1023, and others may have been inherited
+        poll.register(self._reader, select.POLLIN)
+        poll.poll(None if seconds is None else seconds * 1000)
         try:
             numbers = list(os.read(self._reader, 4096))
         except BlockingIOError:
             return []
         for number in numbers:
-            if number in STOPPING and self.stopped_by is None:
+            if number in STOPPING:
                 self.stopped_by = number
         return numbers
 
@@ -130,9 +131,9 @@ def run(
     tail = "" if stderr is None else stderr.finish()
     killed_by = -child.returncode if child.returncode < 0 else None
     status = child.returncode if killed_by is None else 128 + killed_by
+    if signals.stopped_by in (signal.SIGHUP, signal.SIGQUIT) and status != 128 + signals.stopped_by:
+        signals.stopped_by = None  # to many commands these say to read their configuration anew, or to tell their state
     stopped_by = signals.stopped_by
-    if stopped_by == signal.SIGHUP and status == 0:
-        stopped_by = None  # to many commands it says to read their configuration anew
     if stopped_by is None and watch.has_terminal:
         # Keys of the terminal reach the command alone, which has its foreground.
         stopped_by = next((key for key in (signal.SIGINT, signal.SIGQUIT) if status == 128 + key), None)

@@ -7,16 +7,16 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from taskruns.errors import SchemaVersionError
 from taskruns.model import TaskPhase, TaskRun, checked_exit_code, checked_phase
+from taskruns.retrying import cause_of
 
 OnError = Literal["warn", "raise"]
 """What to do when a run cannot be recorded: log it and go on, or raise."""
@@ -157,21 +157,6 @@ class Outage:
             _log.warning("runs are not recorded at present, beginning with task %r: %s", task_id, cause_of(error))
 
 
-_entered: ContextVar[tuple[tuple[object, RecordedRun], ...]] = ContextVar("taskruns_entered", default=())
-"""What is being recorded in this thread or task: one recording may be used by several of them at a time."""
-
-
-def _enter(recording: object, handle: RecordedRun) -> None:
-    _entered.set((*_entered.get(), (recording, handle)))
-
-
-def _leave(recording: object) -> RecordedRun:
-    entered = _entered.get()
-    last = max(number for number, (entry, _) in enumerate(entered) if entry is recording)
-    _entered.set((*entered[:last], *entered[last + 1 :]))
-    return entered[last][1]
-
-
 class Recording:
     """Records what runs inside it: a context manager, also a decorator for functions and coroutine functions."""
 
@@ -179,20 +164,23 @@ class Recording:
         self, begin: Callable[[], RecordedRun], end: Callable[[RecordedRun, BaseException | None], None]
     ) -> None:
         self._begin, self._end = begin, end
+        self._handle: RecordedRun | None = None
 
     def __enter__(self) -> RecordedRun:
-        handle = self._begin()
-        _enter(self, handle)
-        return handle
+        _refuse_second_entry(self._handle)
+        self._handle = self._begin()
+        return self._handle
 
     def __exit__(self, _type: object, exception: BaseException | None, _traceback: object) -> None:
-        self._end(_leave(self), exception)
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._end(handle, exception)
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
         """Return the function, recorded at each call."""
-        if inspect.iscoroutinefunction(function):
+        if _is_coroutine_function(function):
             # Off the event loop's thread: a database that is busy must not hold up the other tasks.
-            return cast(Callable[P, T], AsyncRecording(self._begin_beside, self._end_beside)(function))
+            return cast(Callable[P, T], AsyncRecording(self._begin_beside, self._end_beside)(cast(Any, function)))
         _refuse_generator(function)
 
         @wraps(function)
@@ -218,25 +206,28 @@ class AsyncRecording:
         end: Callable[[RecordedRun, BaseException | None], Awaitable[None]],
     ) -> None:
         self._begin, self._end = begin, end
+        self._handle: RecordedRun | None = None
 
     async def __aenter__(self) -> RecordedRun:
+        _refuse_second_entry(self._handle)
         opening = asyncio.ensure_future(self._begin())
         try:
-            handle = await asyncio.shield(opening)
+            self._handle = await asyncio.shield(opening)
         except asyncio.CancelledError as cancelation:
             # The start may be on its way to the database already; it must not stay there as running.
             await _to_its_end(_ended_at_once(opening, self._end, cancelation))
             raise
-        _enter(self, handle)
-        return handle
+        return self._handle
 
     async def __aexit__(self, _type: object, exception: BaseException | None, _traceback: object) -> None:
-        await _to_its_end(self._end(_leave(self), exception))
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            await _to_its_end(self._end(handle, exception))
 
     def __call__(self, function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         """Return the coroutine function, recorded at each call."""
         _refuse_generator(function)
-        if not inspect.iscoroutinefunction(function):
+        if not _is_coroutine_function(function):
             raise TypeError(f"an asynchronous history records coroutine functions, and {function!r} is none")
 
         @wraps(function)
@@ -267,13 +258,17 @@ async def _to_its_end(work: Awaitable[None]) -> None:
         raise
 
 
+def _refuse_second_entry(handle: RecordedRun | None) -> None:
+    if handle is not None:
+        raise RuntimeError("this recording is going on already: call record() for each `with`")
+
+
+def _is_coroutine_function(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 def _refuse_generator(function: Callable[..., Any]) -> None:
+    if not callable(function):
+        raise TypeError(f"what is recorded is called, and {function!r} cannot be")
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(f"a generator cannot be recorded as a function; use `with record(...)` inside {function!r}")
-
-
-def cause_of(error: BaseException) -> str:
-    """Return the first line of what a database said, without the statement and its values."""
-    cause = getattr(error, "orig", None) or error
-    text = str(cause.args[1] if isinstance(error, DBAPIError) and len(cause.args) > 1 else cause).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -1,66 +1,18 @@
 """Runs in a transaction of the caller's: statements in, :class:`TaskRun` out. It never commits."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import Connection, Select
 
 from taskruns import engine, statements
-from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
-from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_attempt, checked_name, checked_phase
+from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_name, checked_phase
+from taskruns.writing import Start, close, key_of, open_start, run_of
 
 Phases = TaskPhase | Iterable[TaskPhase] | None
 """A phase, several, or None for all."""
-
-_TRIES = 50
-"""How often a number is asked for anew when writers that hold no lock keep taking it."""
-
-_RANK = {TaskPhase.FAILED: 1, TaskPhase.EXHAUSTED: 2, TaskPhase.TIMEOUT: 3}
-"""Which outcome may replace which: the higher says more about the same end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A start as its caller tells it, checked. Unless it is ``numbered``, the store gives the attempt."""
-
-    run: TaskRun
-    numbered: bool
-
-    @classmethod
-    def of(
-        cls,
-        task_id: str,
-        attempt: int | None,
-        started_at: datetime | None,
-        source: str | None,
-        submission: str | None,
-        source_attempt: int | None,
-    ) -> "Start":
-        """Check what a caller tells of a start."""
-        run = TaskRun.starting(
-            task_id,
-            1 if attempt is None else attempt,
-            started_at=started_at,
-            source=source,
-            submission=submission,
-            source_attempt=source_attempt,
-        )
-        return cls(run, attempt is not None)
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the values of the statements that concern a start."""
-        run = self.run
-        return {
-            "task_id": run.task_id,
-            "attempt": run.attempt,
-            "started_at": run.started_at,
-            "source": run.source,
-            "submission": run.submission,
-            "source_attempt": run.source_attempt,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,50 +60,7 @@ class TaskRunRepository:
         )
         if attempt is None:
             engine.lock_task(self._connection, task_id)
-        return self.open_start(start)
-
-    def open_start(self, start: "Start") -> TaskRun:
-        """Open a run until a number is free."""
-        for _ in range(_TRIES):
-            run = self.try_start(start)
-            if run is not None:
-                return run
-        raise AttemptConflictError(start.run.task_id)
-
-    def try_start(self, start: "Start") -> TaskRun | None:
-        """Open a run by one statement; None if another writer took its number at the same moment."""
-        dialect = self._connection.dialect
-        returning = dialect.insert_returning
-        run = start.run
-        if not (returning or start.numbered):  # MySQL, and SQLite before 3.35, cannot tell which number was given
-            last = self._connection.scalar(statements.last_attempt(), start.parameters()) or 0
-            if last == MAX_ATTEMPT:
-                return None
-            run = replace(run, attempt=last + 1)
-        statement = statements.open_run(dialect.name, numbered=start.numbered or not returning, returning=returning)
-        try:
-            result = self._connection.execute(statement, start.parameters() | {"attempt": run.attempt})
-            if not returning and result.rowcount:
-                return run
-            inserted = result.all() if returning else []  # every row, as SQLite commits only then
-        except IntegrityError:
-            if dialect.name in ("sqlite", "postgresql"):
-                raise
-            inserted = []  # without ON CONFLICT a taken number is an error
-        if inserted:
-            return replace(run, attempt=inserted[0][0])
-        return self._told_twice(start) if start.numbered else None
-
-    def _told_twice(self, start: "Start") -> TaskRun:
-        stored = self.get_run(start.run.task_id, start.run.attempt)
-        if stored is None or stored.started_at != start.run.started_at:
-            raise RunExistsError(start.run.task_id, start.run.attempt)
-        return stored
-
-    def find_start(self, start: Start) -> TaskRun | None:
-        """Return the run that this very start has opened, if it has."""
-        row = self._connection.execute(statements.find_start(numbered=start.numbered), start.parameters()).first()
-        return None if row is None else _run(row)
+        return open_start(self._connection, start)
 
     def close_run(
         self,
@@ -174,39 +83,13 @@ class TaskRunRepository:
             RunClosedError: it has ended with another outcome; ``run`` is what is stored.
             ValueError: ``phase`` is not terminal, or an argument is outside its rules.
         """
-        return self.close_with(
-            task_id, attempt, Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
-        )
-
-    def close_with(self, task_id: str, attempt: int, outcome: Outcome) -> TaskRun:
-        """Record a checked outcome."""
-        key = _key(task_id, attempt)
-        values = {"to": outcome.phase, "end": outcome.finished_at, "why": outcome.error, "code": outcome.exit_code}
-        returning = self._connection.dialect.update_returning
-        result = self._connection.execute(statements.close_run(returning=returning), key | values)
-        if returning:
-            rows = result.all()
-            if rows:
-                return _run(rows[0])
-        elif result.rowcount:
-            return self._stored(task_id, attempt)
-        while True:
-            stored = self._stored(task_id, attempt)
-            if outcome.is_that_of(stored):
-                return stored
-            rank, stored_rank = _RANK.get(outcome.phase, 0), _RANK.get(stored.phase, 0)
-            if 0 < rank < stored_rank:
-                return stored
-            if not 0 < stored_rank < rank:
-                raise RunClosedError(stored)
-            refinement = {"why": outcome.error, "code": outcome.exit_code}
-            if self._connection.execute(statements.refine_run(outcome.phase), key | refinement).rowcount:
-                return self._stored(task_id, attempt)
+        outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
+        return close(self._connection, task_id, attempt, outcome)
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
-        row = self._connection.execute(statements.get_run(), _key(task_id, attempt)).first()
-        return None if row is None else _run(row)
+        row = self._connection.execute(statements.get_run(), key_of(task_id, attempt)).first()
+        return None if row is None else run_of(row)
 
     def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
         """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
@@ -251,50 +134,8 @@ class TaskRunRepository:
     def _is_citus(self) -> bool:
         return bool(self._connection.scalar(statements.citus()))
 
-    def _stored(self, task_id: str, attempt: int) -> TaskRun:
-        # A host's transaction may have an older snapshot than what the update has seen; a locking read has not.
-        row = self._connection.execute(statements.get_run().with_for_update(), _key(task_id, attempt)).first()
-        if row is None:
-            raise RunNotFoundError(task_id, attempt)
-        return _run(row)
-
     def _runs(self, query: Select[Any]) -> list[TaskRun]:
-        return [_run(row) for row in self._connection.execute(query)]
-
-
-def open_alone(connection: Connection, start: Start, *, lost: bool) -> TaskRun:
-    """Open a run in a transaction of its own: one statement or, if its number was taken meanwhile, under a lock.
-
-    ``lost`` says that an earlier try may have been written although its answer was lost.
-    """
-    runs = TaskRunRepository(connection)
-    if not lost:
-        try:
-            run = runs.try_start(start)
-        except DBAPIError as error:
-            if not engine.is_refusal(error):
-                raise
-            run = None  # MariaDB finds racing writers in a deadlock
-        if run is not None:
-            return run
-        connection.rollback()
-    with engine.transaction(connection, lock=start.run.task_id):
-        return (runs.find_start(start) if lost else None) or runs.open_start(start)
-
-
-def close_alone(connection: Connection, task_id: str, attempt: int, outcome: Outcome, *, lost: bool) -> TaskRun:
-    """Close a run in a transaction of its own; ``lost`` as in :func:`open_alone`."""
-    try:
-        return TaskRunRepository(connection).close_with(task_id, attempt, outcome)
-    except RunClosedError as error:
-        if lost and outcome.is_within(error.run):
-            return error.run
-        raise
-
-
-def _key(task_id: str, attempt: int) -> dict[str, Any]:
-    # Checked, as a database may take another name for this one (MariaDB pads with spaces) or fail to take it at all.
-    return {"of_task": checked_name(task_id, "task id"), "of_attempt": checked_attempt(attempt)}
+        return [run_of(row) for row in self._connection.execute(query)]
 
 
 def _check_limit(limit: int) -> None:
@@ -306,7 +147,3 @@ def _phases(phases: Phases) -> tuple[TaskPhase, ...] | None:
     if phases is None:
         return None
     return tuple(checked_phase(phase) for phase in ([phases] if isinstance(phases, str) else phases))
-
-
-def _run(row: Row[Any]) -> TaskRun:
-    return TaskRun(*tuple(row))

@@ -101,7 +101,7 @@ def _advice(error: Exception) -> str | None:
     from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415  (known by now, if it is such an error)
 
     from taskruns.errors import TaskRunsError  # noqa: PLC0415
-    from taskruns.recording import cause_of  # noqa: PLC0415
+    from taskruns.retrying import cause_of  # noqa: PLC0415
 
     if isinstance(error, SQLAlchemyError):
         return f"the database cannot be used: {cause_of(error)}"

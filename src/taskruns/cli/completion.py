@@ -17,3 +17,5 @@ def completion_command(shell: str) -> None:
     if completion is None:
         raise click.ClickException(f"no completion for {shell}")
     click.echo(completion(cli, {}, "taskruns", "_TASKRUNS_COMPLETE").source())
+    if shell == "bash":
+        click.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//:/}")  # or it splits task ids and URLs there

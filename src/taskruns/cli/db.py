@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from taskruns import engine, migrate
 from taskruns.cli import complain
-from taskruns.cli.database import database, db_option
+from taskruns.cli.discovery import database, db_option
 from taskruns.errors import SchemaVersionError
 from taskruns.history import TaskRunHistory
 from taskruns.schema import SCHEMA_VERSION

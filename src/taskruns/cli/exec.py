@@ -8,12 +8,32 @@ from contextlib import suppress
 import click
 
 from taskruns.cli import EXEC_USAGE, complain
-from taskruns.cli.database import Database, db_option
+from taskruns.cli.discovery import Database, db_option
 from taskruns.cli.durations import Duration, DurationRange
-from taskruns.cli.tasks import TaskId
+from taskruns.cli.task_id import TaskId
+from taskruns.history import TaskRunHistory
+from taskruns.retrying import OnRetry
 
 
-@click.command("exec", context_settings={"help_option_names": ["-h", "--help"]})
+class _Command(click.Command):
+    """Takes options before and after TASK, and leaves those of the command to the command, also without a ``--``."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        context.allow_interspersed_args = False
+        options, rest = self._split(context, arguments)
+        task, command = rest[:1], rest[1:]
+        if options[-1:] != ["--"]:
+            more, command = self._split(context, command)
+            options = [*options, *more]
+        options = [option for option in options if option != "--"]
+        return super().parse_args(context, [*options, "--", *task, *command])
+
+    def _split(self, context: click.Context, arguments: list[str]) -> tuple[list[str], list[str]]:
+        _, rest, _ = self.make_parser(context).parse_args(list(arguments))
+        return arguments[: len(arguments) - len(rest)], rest
+
+
+@click.command("exec", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("task", type=TaskId())
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 @click.option("--timeout", type=Duration(), help="Stop the command after this time, such as 30s, 5m or 2h; 0 is never.")
@@ -91,6 +111,9 @@ def exec_command(
             with suppress(OSError):  # a reader that has gone, a full disk: nothing to the command
                 complain(line)
 
-    status = execution.execute(plan, lambda note: Database.find(option).writing(retry_for=math.inf, on_retry=note), say)
+    def connect(note: OnRetry) -> TaskRunHistory:
+        return TaskRunHistory.connect(Database.find(option).url, retry_for=math.inf, on_retry=note)
+
+    status = execution.execute(plan, connect, say)
     # A database call that hangs in its thread must not keep the process.
     os._exit(status)

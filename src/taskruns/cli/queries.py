@@ -7,9 +7,9 @@ from itertools import islice
 import click
 
 from taskruns.cli import complain
-from taskruns.cli.database import database, db_option
+from taskruns.cli.discovery import database, db_option
 from taskruns.cli.output import RUN_COLUMNS, TASK_COLUMNS, print_json, print_run, print_table, printable
-from taskruns.cli.tasks import TaskId
+from taskruns.cli.task_id import TaskId
 from taskruns.history import PAGE, TaskRunHistory
 from taskruns.model import MAX_ATTEMPT, PROBLEMS, TaskPhase, TaskRun, checked_phase
 from taskruns.repository import RunPage

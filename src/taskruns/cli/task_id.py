@@ -6,7 +6,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from taskruns.cli.database import Database
+from taskruns.cli.discovery import Database
 from taskruns.model import checked_name
 
 _MOST = 50

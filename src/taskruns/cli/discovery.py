@@ -12,9 +12,8 @@ import click
 from platformdirs import user_data_path
 from sqlalchemy import URL
 
-from taskruns import engine
-from taskruns.errors import SchemaVersionError
 from taskruns.history import TaskRunHistory
+from taskruns.url import hide_password, is_file, parse_name, parse_url
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,21 +41,16 @@ class Database:
             if (named := _configured(path)) is not None:
                 return cls(_parse(named, str(path)), str(path))
         default = user_data_path("taskruns") / "taskruns.db"
-        return cls(engine.parse_url(URL.create("sqlite", database=str(default))), "the default")
-
-    @property
-    def is_embedded(self) -> bool:
-        """Whether it is an SQLite database, which needs nobody to set it up."""
-        return self.url.get_backend_name() == "sqlite"
+        return cls(parse_url(URL.create("sqlite", database=str(default))), "the default")
 
     def __str__(self) -> str:
-        return engine.hide_password(self.url)
+        return hide_password(self.url)
 
     def reading(self) -> TaskRunHistory:
         """Open the history to read it; nothing is created or changed."""
         self.require()
         with self.options_checked(), ExitStack() as opened:
-            history = opened.enter_context(TaskRunHistory.connect(self.url, read_only=True))
+            history = opened.enter_context(TaskRunHistory.connect(self.url, read_only=True, retry_for=1.0))
             history.check_version()  # the first connection, where drivers find what they cannot use
             opened.pop_all()
         return history
@@ -71,31 +65,25 @@ class Database:
 
     def require(self) -> None:
         """Check that the file of an SQLite database is there."""
-        if engine.is_file(self.url) and not Path(self.url.database or "").is_file():
+        if is_file(self.url) and not Path(self.url.database or "").is_file():
             raise click.ClickException(f"no such database: {self.url.database} (named by {self.named_by})")
-
-    def writing(self, **options: Any) -> TaskRunHistory:
-        """Open the history to write; an SQLite database is created and upgraded as needed."""
-        history = TaskRunHistory.connect(self.url, **options)
-        if self.is_embedded:
-            try:
-                history.check_version()
-            except SchemaVersionError:
-                history.upgrade()
-        return history
 
 
 def user_config() -> Path:
     """Return the path of the user's configuration file."""
     home = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(home) if home else Path("~/.config").expanduser()) / "taskruns" / "config.toml"
+    try:
+        return (Path(home) if home else Path("~/.config").expanduser()) / "taskruns" / "config.toml"
+    except RuntimeError:
+        raise click.ClickException("there is no home directory: name the database by --db or TASKRUNS_DB") from None
 
 
 def _configured(path: Path) -> str | None:
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
         if "db_file" in settings and "db" not in settings:
-            return (path.parent / Path(settings["db_file"]).expanduser()).read_text(encoding="utf-8").strip()
+            file = path.parent / Path(settings["db_file"]).expanduser()
+            return _from_its_folder(file.read_text(encoding="utf-8").strip(), path)
         named = settings.get("db")
     except (FileNotFoundError, NotADirectoryError) as error:
         if error.filename != str(path):
@@ -105,16 +93,18 @@ def _configured(path: Path) -> str | None:
         raise click.ClickException(f"{path} cannot be read: {error}") from None
     if named is not None and not isinstance(named, str):
         raise click.ClickException(f'{path}: db is a text, such as db = "postgresql://host/name"')
-    return named
+    return None if named is None else _from_its_folder(named, path)
+
+
+def _from_its_folder(named: str, path: Path) -> str:
+    """Return what a configuration file says; a path there starts at the file, not at the working directory."""
+    is_path = ":" not in named and named.strip()
+    return str(path.parent / Path(named).expanduser()) if is_path else named
 
 
 def _parse(named: str, by: str) -> URL:
-    if not named.strip():
-        raise click.ClickException(f"{by}: the database URL is empty")
     try:
-        if "://" in named:
-            return engine.parse_url(named)
-        return engine.parse_url(URL.create("sqlite", database=str(Path(named).expanduser())))
+        return parse_name(named)
     except ValueError as error:
         raise click.ClickException(f"{by}: {error}") from None
 

@@ -1,0 +1,184 @@
+"""How a run is opened and closed on a connection: numbers, conflicts, and the order of outcomes."""
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from taskruns import engine, statements
+from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
+from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_attempt, checked_name
+from taskruns.retrying import is_conflict
+
+_TRIES = 50
+"""How often a number is asked for anew when writers that hold no lock keep taking it."""
+
+_RANK = {TaskPhase.FAILED: 1, TaskPhase.EXHAUSTED: 2, TaskPhase.TIMEOUT: 3}
+"""Which outcome may replace which: the higher says more about the same end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A start as its caller tells it, checked. Unless it is ``numbered``, the store gives the attempt."""
+
+    run: TaskRun
+    numbered: bool
+
+    @classmethod
+    def of(
+        cls,
+        task_id: str,
+        attempt: int | None,
+        started_at: datetime | None,
+        source: str | None,
+        submission: str | None,
+        source_attempt: int | None,
+    ) -> "Start":
+        """Check what a caller tells of a start."""
+        run = TaskRun.starting(
+            task_id,
+            1 if attempt is None else attempt,
+            started_at=started_at,
+            source=source,
+            submission=submission,
+            source_attempt=source_attempt,
+        )
+        return cls(run, attempt is not None)
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the values of the statements that concern a start."""
+        run = self.run
+        return {
+            "task_id": run.task_id,
+            "attempt": run.attempt,
+            "started_at": run.started_at,
+            "source": run.source,
+            "submission": run.submission,
+            "source_attempt": run.source_attempt,
+        }
+
+
+def open_alone(connection: Connection, start: Start, *, lost: bool) -> TaskRun:
+    """Open a run in a transaction of its own: one statement or, if its number was taken meanwhile, under a lock.
+
+    ``lost`` says that an earlier try may have been written although its answer was lost.
+    """
+    if not lost:
+        try:
+            run = _try(connection, start)
+        except DBAPIError as error:
+            if not is_conflict(error):
+                raise
+            run = None
+        if run is not None:
+            return run
+        connection.rollback()
+    with engine.transaction(connection, lock=start.run.task_id):
+        return (_find(connection, start) if lost else None) or open_start(connection, start)
+
+
+def open_start(connection: Connection, start: Start) -> TaskRun:
+    """Open a run in the caller's transaction, which had better hold the task's lock."""
+    for _ in range(_TRIES):
+        run = _try(connection, start)
+        if run is not None:
+            return run
+    raise AttemptConflictError(start.run.task_id)
+
+
+def _try(connection: Connection, start: Start) -> TaskRun | None:
+    """Open a run by one statement; None if another writer took its number at the same moment."""
+    dialect = connection.dialect
+    returning = dialect.insert_returning
+    run = start.run
+    if not (returning or start.numbered):  # MySQL, and SQLite before 3.35, cannot tell which number was given
+        last = connection.scalar(statements.last_attempt(), start.parameters()) or 0
+        if last == MAX_ATTEMPT:
+            return None
+        run = replace(run, attempt=last + 1)
+    statement = statements.open_run(dialect.name, numbered=start.numbered or not returning, returning=returning)
+    try:
+        result = connection.execute(statement, start.parameters() | {"attempt": run.attempt})
+        if not returning and result.rowcount:
+            return run
+        inserted = result.all() if returning else []  # every row, as SQLite commits only then
+    except IntegrityError:
+        if dialect.name in ("sqlite", "postgresql"):
+            raise
+        inserted = []  # without ON CONFLICT a taken number is an error
+    if inserted:
+        return replace(run, attempt=inserted[0][0])
+    if not start.numbered:
+        return None
+    stored = _stored(connection, key_of(run.task_id, run.attempt))
+    if stored is None or stored.started_at != run.started_at:
+        raise RunExistsError(run.task_id, run.attempt)
+    return stored  # the same start, told twice
+
+
+def _find(connection: Connection, start: Start) -> TaskRun | None:
+    """Return the run that this very start has opened, if it has."""
+    row = connection.execute(statements.find_start(numbered=start.numbered), start.parameters()).first()
+    return None if row is None else run_of(row)
+
+
+def close_alone(connection: Connection, task_id: str, attempt: int, outcome: Outcome, *, lost: bool) -> TaskRun:
+    """Close a run in a transaction of its own; ``lost`` as in :func:`open_alone`."""
+    try:
+        return close(connection, task_id, attempt, outcome)
+    except RunClosedError as error:
+        if lost and outcome.is_within(error.run):
+            return error.run
+        raise
+
+
+def close(connection: Connection, task_id: str, attempt: int, outcome: Outcome) -> TaskRun:
+    """Close a run, or find that it has ended in a way that says as much."""
+    key = key_of(task_id, attempt)
+    values = {"to": outcome.phase, "end": outcome.finished_at, "why": outcome.error, "code": outcome.exit_code}
+    returning = connection.dialect.update_returning
+    while True:
+        result = connection.execute(statements.close_run(returning=returning), key | values)
+        rows = result.all() if returning else []
+        if rows:
+            return run_of(rows[0])
+        has_closed = not returning and result.rowcount
+        stored = _stored(connection, key)
+        if stored is None:
+            raise RunNotFoundError(task_id, attempt)
+        if has_closed or outcome.is_that_of(stored):
+            return stored
+        if stored.is_active or stored.recovered:
+            continue  # since just now
+        rank, stored_rank = _RANK.get(outcome.phase, 0), _RANK.get(stored.phase, 0)
+        if 0 < rank < stored_rank:
+            return stored
+        if not 0 < stored_rank < rank:
+            raise RunClosedError(stored)
+        connection.execute(
+            statements.refine_run(outcome.phase), key | {"why": outcome.error, "code": outcome.exit_code}
+        )
+        refined = _stored(connection, key)
+        if refined is not None and refined.phase is outcome.phase:
+            return refined
+
+
+def _stored(connection: Connection, key: dict[str, Any]) -> TaskRun | None:
+    # A host's transaction may have an older snapshot than what a write has met; a locking read has not.
+    row = connection.execute(statements.get_run().with_for_update(), key).first()
+    return None if row is None else run_of(row)
+
+
+def key_of(task_id: str, attempt: int) -> dict[str, Any]:
+    """Return a run's key as parameters.
+
+    Checked, as a database may take another name for this one (MariaDB pads with spaces) or fail to take it at all.
+    """
+    return {"of_task": checked_name(task_id, "task id"), "of_attempt": checked_attempt(attempt)}
+
+
+def run_of(row: Row[Any]) -> TaskRun:
+    """Return the run that a row of ``statements.COLUMNS`` holds."""
+    return TaskRun(*tuple(row))
