@@ -384,3 +384,8 @@ def test_the_history_is_read_as_it_was_written(home: Home) -> None:
     (line,) = home.taskruns("runs", "job", "--json").stdout.splitlines()
     wire = json.loads(line)
     assert (wire["taskId"], wire["attempt"], wire["phase"], wire["exitCode"]) == ("job", 1, "failed", 2)
+
+
+def test_options_of_the_command_are_its_own_without_the_dashes_too(home: Home) -> None:
+    done = home.taskruns("exec", "-q", "job", "--timeout", "60", "printf", "%s|", "-q", "--timeout", "x")
+    assert (done.returncode, done.stdout) == (0, "-q|--timeout|x|")

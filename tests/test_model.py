@@ -229,6 +229,7 @@ def test_time_as_text_is_27_characters_and_reads_back(moment: datetime) -> None:
 @example("😀" * MAX_ERROR_BYTES)
 @example("://a:" + "x" * 510 + "@" + "y" * 10 + "@")
 @example("://a:p/x@b@c")
+@example("://://@@")
 @example("://a:b@" + "😀" * MAX_ERROR_BYTES + "://a:b@")
 def test_cleaning_an_error_twice_changes_nothing_and_it_is_bounded(text: str) -> None:
     cleaned = clean_error(text)

@@ -1,6 +1,7 @@
 """Each reader that an index is kept for is served by it, and the others by the primary key."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Select, Table, create_engine, insert, select, text
@@ -12,7 +13,7 @@ from taskruns.url import parse_url
 
 RUNS = schema.task_runs.c
 START = datetime(2026, 11, 1, tzinfo=UTC)
-READERS: dict[str, tuple[Select, dict[str, str]]] = {
+READERS: dict[str, tuple[Select[Any], dict[str, str]]] = {
     "a task's newest runs": (
         statements.runs("task 3", limit=50, before=900),
         {"sqlite": "PRIMARY KEY (task_id=? AND attempt<?)", "postgresql": "pk_task_runs", "mariadb": "PRIMARY"},
@@ -56,7 +57,7 @@ def fill(connection: Connection, table: Table) -> None:
     connection.execute(insert(table), [run(number) for number in range(20_000)])
 
 
-def plan(connection: Connection, query: Select) -> str:
+def plan(connection: Connection, query: Select[Any]) -> str:
     keyword = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN"
     compiled = query.compile(connection, compile_kwargs={"literal_binds": True})
     rows = connection.exec_driver_sql(f"{keyword} {compiled}".replace("%", "%%"))

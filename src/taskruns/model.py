@@ -304,7 +304,7 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL refuses NUL, no en
 
 # The password of a URL: up to the last "@" before the path, else (an unescaped "/" in it) up to the next "@", unless
 # what stands there is a port. The lengths are bounded so that hostile text costs no more than linear time.
-_URL_PASSWORD = re.compile(r"(://[^\s/:]{0,256}):(?:[^\s/]{1,2048}@|(?!\d+[/?#])[^\s@]{1,2048}@)(?:[^\s/]{1,2048}@)*")
+_URL_PASSWORD = re.compile(r"(://[^\s/:]{0,256}):(?:[^\s/]{1,2048}@|(?!\d+[/?#])[^\s@]{1,2048}@)(?:[^\s/]{0,2048}@)*")
 
 
 def clean_error(text: str | None) -> str | None:

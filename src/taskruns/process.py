@@ -131,8 +131,12 @@ def run(
     tail = "" if stderr is None else stderr.finish()
     killed_by = -child.returncode if child.returncode < 0 else None
     status = child.returncode if killed_by is None else 128 + killed_by
-    if signals.stopped_by in (signal.SIGHUP, signal.SIGQUIT) and status != 128 + signals.stopped_by:
-        signals.stopped_by = None  # to many commands these say to read their configuration anew, or to tell their state
+    if (signals.stopped_by == signal.SIGINT and status == 0) or (
+        signals.stopped_by in (signal.SIGHUP, signal.SIGQUIT) and status != 128 + signals.stopped_by
+    ):
+        # It has gone on: to many commands these say to drop the current line, to read their configuration anew, or to
+        # tell their state.
+        signals.stopped_by = None
     stopped_by = signals.stopped_by
     if stopped_by is None and watch.has_terminal:
         # Keys of the terminal reach the command alone, which has its foreground.
