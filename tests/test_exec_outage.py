@@ -349,13 +349,13 @@ def test_lock_at_the_start_that_ends_while_the_command_runs(home: Home) -> None:
 
 def test_lock_at_the_start_leaves_it_open_whether_the_task_is_active_and_that_is_said(home: Home) -> None:
     home.taskruns("exec", "other", "--", "true")
-    with locked(Path(make_url(home.database).database or ""), 4):
-        done = home.taskruns("exec", "job", "--no-overlap", "--", *timed(2.5))
+    with locked(Path(make_url(home.database).database or ""), 7):
+        done = home.taskruns("exec", "job", "--no-overlap", "--", *timed(3))
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 1
     assert "whether job is running already is not known" in done.stderr
     (run,) = home.runs("job")
-    check_times(run, done.stdout, 2.5)
+    check_times(run, done.stdout, 3)
 
 
 def test_place_that_appears_while_the_command_runs(home: Home, tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_disk_that_fills_while_the_command_runs(home: Home, tmp_path: Path) -> N
         done = home.taskruns("exec", "--db", database, "job", "--", "sh", "-c", script)
         assert done.returncode == 3
         assert done.stderr.startswith(WARNING)
-        assert "full" in done.stderr
+        assert "disk" in done.stderr  # is full, or has an error where the shared memory cannot grow
         assert len(done.stderr.splitlines()) == 1
         (disk / "fill").unlink()
         assert home.taskruns("exec", "--db", database, "job", "--", "true").stderr == ""
