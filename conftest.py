@@ -5,12 +5,13 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+from taskruns import TaskRunHistory
 
 PROGRAMS = str(Path(sys.executable).parent)
 
@@ -51,24 +52,16 @@ def evaluate_cron(example: Example) -> None:
         assert "succeeded" in run(f"{PROGRAMS}/taskruns last backup", bare)
 
 
-@pytest.fixture(scope="module")
-def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Stand in an empty directory, with a user's data of one's own; a document's blocks share it."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        for name in [name for name in os.environ if name.startswith(("TASKRUNS_", "XDG_"))]:
-            patch.delenv(name)
-        patch.setenv("HOME", str(home))
-        patch.setenv("PATH", PROGRAMS, prepend=os.pathsep)
-        yield
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.suffix == ".md":  # its blocks build on each other
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in a directory with a database that is ready, and nothing of the surroundings."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("TASKRUNS_", "XDG_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", PROGRAMS, prepend=os.pathsep)
+    with TaskRunHistory.connect("sqlite:///runs.db") as history:
+        history.upgrade()
 
 
 pytest_collect_file = Sybil(

@@ -21,7 +21,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests on SQLite, PostgreSQL and MariaDB; whole runs have to cover the code."""
     install(session, "tests")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", "-n", "3", "--dist", "loadgroup", "-m", "not soak", *session.posargs)
+    session.run("coverage", "run", "-m", "pytest", "-n", "3", "-m", "not soak", *session.posargs)
     session.run("coverage", "combine", "-q")
     session.run("coverage", "report", *(["--fail-under=0"] if session.posargs else []))
 
