@@ -5,7 +5,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2"
-nox.options.sessions = ["lint", "types", "tests", "wheel"]
+nox.options.sessions = ["lint", "types", "tests", "coverage", "wheel"]
 nox.options.default_venv_backend = "venv"
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
@@ -18,12 +18,21 @@ def install(session: nox.Session, group: str, *, package: bool = True) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests on SQLite, PostgreSQL and MariaDB; whole runs have to cover the code."""
+    """Run the tests on SQLite, PostgreSQL and MariaDB; more workers than processors, as tests wait much."""
     install(session, "tests")
+    session.run("pytest", "-n", "3", "-m", "not soak", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Find what no test reaches; apart from the tests, as it doubles the work of every process they start."""
+    install(session, "tests")
+    apart = ("readers", "exec_outage", "races", "pgbouncer")  # other users, whose files it cannot write; waits; repeats
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", "-n", "3", "-m", "not soak", *session.posargs)
+    ignored = [f"--ignore=tests/test_{name}.py" for name in apart]
+    session.run("coverage", "run", "-m", "pytest", "-n", "3", "-m", "not soak", *ignored, *session.posargs)
     session.run("coverage", "combine", "-q")
-    session.run("coverage", "report", *(["--fail-under=0"] if session.posargs else []))
+    session.run("coverage", "report")
 
 
 @nox.session

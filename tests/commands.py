@@ -12,9 +12,6 @@ import pytest
 from taskruns import TaskRun, TaskRunHistory
 from taskruns.cli import run
 
-COVERAGE = "COVERAGE_PROCESS_CONFIG"
-"""What makes a process that is started measure its coverage, at the price of half a second."""
-
 
 class Home:
     """A user's home directory: nothing of the surroundings names a database."""
@@ -24,9 +21,7 @@ class Home:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("TASKRUNS_", "XDG_")) and name != COVERAGE
+            name: value for name, value in os.environ.items() if not name.startswith(("TASKRUNS_", "XDG_"))
         }
         self.environment["HOME"] = str(path)
         self.database = f"sqlite:///{path}/.local/share/taskruns/taskruns.db"

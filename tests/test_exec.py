@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import COVERAGE, Home
+from commands import Home
 
 from taskruns import TaskPhase
 
@@ -21,10 +21,7 @@ PYTHON = (sys.executable, "-c")
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    home = Home(tmp_path)
-    if COVERAGE in os.environ:
-        home.environment[COVERAGE] = os.environ[COVERAGE]
-    return home
+    return Home(tmp_path)
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
