@@ -349,7 +349,7 @@ def test_lock_at_the_start_that_ends_while_the_command_runs(home: Home) -> None:
 
 def test_lock_at_the_start_leaves_it_open_whether_the_task_is_active_and_that_is_said(home: Home) -> None:
     home.taskruns("exec", "other", "--", "true")
-    with locked(Path(make_url(home.database).database or ""), 7):
+    with locked(Path(make_url(home.database).database or ""), 5):
         done = home.taskruns("exec", "job", "--no-overlap", "--", *timed(3))
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 1

@@ -33,8 +33,8 @@ MOST_PATIENCE = 60.0
 
 CROWD = 4
 
-OPENING_PATIENCE = 2.0
-"""Seconds of these for a start, so that some are left for its end."""
+OPENING_SHARE, CHECKING_SHARE = 0.4, 0.6
+"""The parts of these for a start, and for one that must not overlap, so that some are left for its end."""
 
 
 Connect = Callable[[OnRetry], TaskRunHistory]
@@ -186,8 +186,8 @@ class _Recorder:
             return record
         record.begin()
         # Whether a command may start at all is worth more waiting, as long as nothing speaks against the database.
-        most = MOST_PATIENCE if plan.no_overlap else OPENING_PATIENCE
-        self._wait(record.is_open, most, lambda: plan.no_overlap and self._trouble is None, stop_early=True)
+        share = CHECKING_SHARE if plan.no_overlap else OPENING_SHARE
+        self._wait(record.is_open, share, lambda: plan.no_overlap and self._trouble is None, stop_early=True)
         record.start_anyway()
         if record.failure is not None:
             self._warn(record.failure)
@@ -200,19 +200,19 @@ class _Recorder:
         if self._history is None:
             return
         record.end(phase, error, exit_code)
-        self._wait(record.is_done, MOST_PATIENCE, lambda: record.run is not None, stop_early=False)
+        self._wait(record.is_done, 1.0, lambda: record.run is not None, stop_early=False)
         if not record.is_written:
             self._warn(record.failure or self._trouble)
 
     def _note(self, error: BaseException) -> None:
         self._trouble = cause_of(error)
 
-    def _wait(self, event: threading.Event, most: float, is_reached: Callable[[], bool], *, stop_early: bool) -> None:
+    def _wait(self, event: threading.Event, share: float, is_reached: Callable[[], bool], *, stop_early: bool) -> None:
         began = time.monotonic()
         while not event.is_set() and not (stop_early and self._signals.stopped_by is not None):
             waited = time.monotonic() - began
             patience = _patience() if is_reached() else PATIENCE
-            left = min(most - waited, patience - self._spent - waited)
+            left = min(patience * share - waited, patience - self._spent - waited)
             if left <= 0:
                 break
             self._signals.wait(min(left, 1.0))

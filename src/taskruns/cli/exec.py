@@ -29,7 +29,9 @@ class _Command(click.Command):
         return super().parse_args(context, [*options, "--", *task, *command])
 
     def _split(self, context: click.Context, arguments: list[str]) -> tuple[list[str], list[str]]:
-        options = [parameter for parameter in self.get_params(context) if isinstance(parameter, click.Option)]
+        options: list[click.Parameter] = [
+            parameter for parameter in self.get_params(context) if isinstance(parameter, click.Option)
+        ]
         _, rest, _ = click.Command(None, params=options).make_parser(context).parse_args(list(arguments))
         return arguments[: len(arguments) - len(rest)], rest
 
