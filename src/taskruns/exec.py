@@ -30,8 +30,10 @@ wrappers at once need it to record their ends.
 """
 
 MOST_PATIENCE = 60.0
+"""Seconds that patience may grow to."""
 
 CROWD = 4
+"""Processes waiting for a processor, above which a machine is crowded."""
 
 OPENING_SHARE, CHECKING_SHARE = 0.4, 0.6
 """The parts of these for a start, and for one that must not overlap, so that some are left for its end."""
