@@ -266,7 +266,8 @@ def test_stopped_wrapper_goes_on_where_it_was(home: Home) -> None:
         assert wrapper.wait(20) == 3
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.soak  # the moments are those of a machine that does nothing else
+@pytest.mark.parametrize("count", [6, 200])
 def test_stop_at_any_moment_leaves_neither_a_process_nor_an_active_run(home: Home, count: int) -> None:
     home.taskruns("exec", "job", "--", "true")
     seconds = str(random.randint(100_000, 999_999))

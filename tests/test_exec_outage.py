@@ -347,6 +347,7 @@ def test_lock_at_the_start_that_ends_while_the_command_runs(home: Home) -> None:
     check_times(run, done.stdout, 2.5)
 
 
+@pytest.mark.soak  # on a crowded machine it is waited for longer
 def test_lock_at_the_start_leaves_it_open_whether_the_task_is_active_and_that_is_said(home: Home) -> None:
     home.taskruns("exec", "other", "--", "true")
     with locked(Path(make_url(home.database).database or ""), 5):
