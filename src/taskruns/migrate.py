@@ -83,8 +83,8 @@ def check(connection: Connection) -> list[str]:
 
     What only a newer version has is no difference: within a major, migrations only add.
     """
-    from alembic.autogenerate import compare_metadata  # noqa: PLC0415
-    from alembic.runtime.migration import MigrationContext  # noqa: PLC0415
+    from alembic.autogenerate import compare_metadata  # noqa: PLC0415  (as above)
+    from alembic.runtime.migration import MigrationContext  # noqa: PLC0415  (as above)
 
     context = MigrationContext.configure(connection, opts=comparison(connection.dialect.name))
     differences = compare_metadata(context, metadata)
@@ -102,7 +102,7 @@ def _line(change: tuple[Any, ...]) -> str:
 
 def sql(url: URL) -> str:
     """Return the DDL that builds the tables in an empty database of this kind. No database is touched."""
-    from alembic import command  # noqa: PLC0415
+    from alembic import command  # noqa: PLC0415  (as above)
 
     script = StringIO()
     with lock:
@@ -111,7 +111,7 @@ def sql(url: URL) -> str:
 
 
 def _config(output: TextIO | None = None, **attributes: Any) -> "Config":
-    from alembic.config import Config  # noqa: PLC0415
+    from alembic.config import Config  # noqa: PLC0415  (as above)
 
     config = Config(output_buffer=output, attributes=attributes)
     config.set_main_option("script_location", str(_migrations()).replace("%", "%%"))

@@ -95,7 +95,7 @@ def _noted(_number: int, _frame: FrameType | None) -> None:
 
 def open_standard_streams() -> None:
     """Open those of the descriptors 0 to 2 that are closed, lest a database file becomes some command's output."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004  (standard error)
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 

@@ -33,7 +33,7 @@ class _Commands(click.Group):
         if name not in _COMMANDS:
             return None
         command = getattr(import_module(f"taskruns.cli.{_COMMANDS[name]}"), f"{name}_command")
-        assert isinstance(command, click.Command)  # noqa: S101
+        assert isinstance(command, click.Command)  # noqa: S101  (for mypy)
         return command
 
 
@@ -100,8 +100,8 @@ def _advice(error: Exception) -> str | None:
     """Return the line that tells what is wrong; None if it is a fault of this program."""
     from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415  (known by now, if it is such an error)
 
-    from taskruns.errors import TaskRunsError  # noqa: PLC0415
-    from taskruns.retrying import cause_of  # noqa: PLC0415
+    from taskruns.errors import TaskRunsError  # noqa: PLC0415  (as above)
+    from taskruns.retrying import cause_of  # noqa: PLC0415  (as above)
 
     if isinstance(error, SQLAlchemyError):
         return f"the database cannot be used: {cause_of(error)}"
