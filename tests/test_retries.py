@@ -119,12 +119,13 @@ def cut_and_release(connection: Any, blocking: Transaction) -> None:
 def cut_waiting(connection: Any) -> None:
     """End the connection that waits for a row; that this finds it shows that the call was in the middle."""
     if connection.dialect.name == "postgresql":
-        waiting = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-        assert len(connection.execute(waiting).all()) == 1
+        found = text("SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
+        kill = "SELECT pg_terminate_backend({})"
     else:
         found = text("SELECT id FROM information_schema.processlist WHERE db = database() AND info LIKE 'UPDATE%'")
-        [waiting_id] = connection.scalars(found).all()
-        connection.execute(text(f"KILL {waiting_id}"))
+        kill = "KILL {}"
+    [waiting_id] = connection.scalars(found).all()
+    connection.execute(text(kill.format(waiting_id)))
 
 
 class LostAnswer:
