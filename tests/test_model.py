@@ -158,6 +158,12 @@ def test_recovered_is_written_only_when_true() -> None:
     assert TaskRun.from_wire(recovered.to_wire()) == recovered
 
 
+def test_inferred_start_is_written_only_when_true() -> None:
+    inferred = TaskRun("job", 1, TaskPhase.FAILED, NOON, NOON, start_inferred=True)
+    assert inferred.to_wire()["startInferred"] is True
+    assert TaskRun.from_wire(inferred.to_wire()) == inferred
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -185,6 +191,7 @@ def test_recovered_is_written_only_when_true() -> None:
         {"startedAt": -1},
         {"startedAt": 10**30},
         {"recovered": "yes"},
+        {"startInferred": 1},
         {"source": 5},
         {"sourceAttempt": -1},
         {"taskId": "x" * 256},

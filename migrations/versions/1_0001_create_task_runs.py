@@ -57,6 +57,13 @@ def upgrade() -> None:
             server_default=sa.false(),
             comment="Whether the outcome was inferred, not observed",
         ),
+        sa.Column(
+            "start_inferred",
+            sa.Boolean(),
+            nullable=False,
+            server_default=sa.false(),
+            comment="Whether started_at was inferred from the end, not observed",
+        ),
         sa.Column("source", sa.String(255), comment="The host, or the name given to a stream"),
         sa.Column("submission", sa.String(255), comment="What ties the attempts of one submission together"),
         sa.Column("source_attempt", sa.BigInteger(), comment="The own attempt counter of the source"),

@@ -80,6 +80,8 @@ class TaskRun:
     """What a shell would show in ``$?``: 128+N for a signal N, 124 for a timeout."""
     recovered: bool = False
     """True if the outcome was inferred, not observed."""
+    start_inferred: bool = False
+    """True if ``started_at`` was inferred from the end, as the start itself was not observed."""
     source: str | None = None
     """Where the run was recorded: the host, or the name given to a stream."""
     submission: str | None = None
@@ -179,6 +181,7 @@ class TaskRun:
             "error": self.error,
             "exitCode": self.exit_code,
             "recovered": self.recovered or None,
+            "startInferred": self.start_inferred or None,
             "source": self.source,
             "submission": self.submission,
             "sourceAttempt": self.source_attempt,
@@ -209,9 +212,6 @@ class TaskRun:
             source_attempt=wire.get("sourceAttempt"),
         )
         phase = checked_phase(wire["phase"])
-        recovered = wire.get("recovered") or False
-        if not isinstance(recovered, bool):
-            raise TypeError(f"recovered must be true or false, not {recovered!r}")
         finished_at = wire.get("finishedAt")
         return replace(
             run,
@@ -219,8 +219,16 @@ class TaskRun:
             finished_at=None if finished_at is None else parse_time(finished_at, "finishedAt"),
             error=clean_error(wire.get("error")),
             exit_code=checked_exit_code(wire.get("exitCode")),
-            recovered=recovered,
+            recovered=_checked_flag(wire, "recovered"),
+            start_inferred=_checked_flag(wire, "startInferred"),
         )
+
+
+def _checked_flag(wire: Mapping[str, Any], key: str) -> bool:
+    value = wire.get(key) or False
+    if not isinstance(value, bool):
+        raise TypeError(f"{key} must be true or false, not {value!r}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)

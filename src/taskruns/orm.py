@@ -27,6 +27,7 @@ class TaskRunRow(_Base):
         error: Mapped[str | None]
         exit_code: Mapped[int | None]
         recovered: Mapped[bool]
+        start_inferred: Mapped[bool]
         source: Mapped[str | None]
         submission: Mapped[str | None]
         source_attempt: Mapped[int | None]

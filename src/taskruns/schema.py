@@ -122,6 +122,13 @@ task_runs = Table(
         server_default=false(),
         comment="Whether the outcome was inferred, not observed",
     ),
+    Column(
+        "start_inferred",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="Whether started_at was inferred from the end, not observed",
+    ),
     Column("source", _name(), comment="The host, or the name given to a stream"),
     Column("submission", _name(), comment="What ties the attempts of one submission together"),
     Column("source_attempt", BigInteger, comment="The own attempt counter of the source"),

@@ -76,7 +76,10 @@ def print_run(run: TaskRun) -> None:
         ("task", printable(run.task_id)),
         ("attempt", str(run.attempt)),
         ("phase", run.phase + (" (inferred, not observed)" if run.recovered else "")),
-        ("started", f"{_moment(run.started_at, 'milliseconds')} UTC"),
+        (
+            "started",
+            f"{_moment(run.started_at, 'milliseconds')} UTC" + (" (inferred, not observed)" * run.start_inferred),
+        ),
         ("finished", finished and f"{finished} UTC"),
         ("duration", _duration(run)),
         ("exit code", "" if run.exit_code is None else str(run.exit_code)),
