@@ -14,6 +14,9 @@ from typing import Any, Self
 MAX_ATTEMPT = 2**32 - 1
 """The highest attempt number: attempts are u32, as in the Solti model."""
 
+MAX_TOLD_ATTEMPT = 2**31
+"""The highest number that events and imports may tell: one bad line must not end a task's numbering."""
+
 MAX_NAME_LENGTH = 255
 """Characters in a task id, a source or a submission."""
 
@@ -93,7 +96,7 @@ class TaskRun:
 
     def __post_init__(self) -> None:
         # These hold for every stored run, as constraints of the table; so a reader never trips over them.
-        _checked_number(self.attempt, "attempt", 1, MAX_ATTEMPT)
+        checked_number(self.attempt, "attempt", 1, MAX_ATTEMPT)
         if not isinstance(self.phase, TaskPhase):
             raise TypeError(f"phase is a TaskPhase, not {self.phase!r}")
         if self.phase is TaskPhase.PENDING:
@@ -132,7 +135,7 @@ class TaskRun:
             source=None if source is None else checked_name(source, "source"),
             submission=None if submission is None else checked_name(submission, "submission"),
             source_attempt=(
-                None if source_attempt is None else _checked_number(source_attempt, "source_attempt", 0, MAX_ATTEMPT)
+                None if source_attempt is None else checked_number(source_attempt, "source_attempt", 0, MAX_ATTEMPT)
             ),
         )
 
@@ -292,10 +295,11 @@ def checked_name(value: str, what: str) -> str:
 
 def checked_attempt(value: int) -> int:
     """Return ``value`` if it can number a run."""
-    return _checked_number(value, "attempt", 1, MAX_ATTEMPT)
+    return checked_number(value, "attempt", 1, MAX_ATTEMPT)
 
 
-def _checked_number(value: int, what: str, low: int, high: int) -> int:
+def checked_number(value: int, what: str, low: int, high: int) -> int:
+    """Return ``value`` if it is a whole number from ``low`` to ``high``."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{what} is a whole number, not {type(value).__name__}")
     if not low <= value <= high:
@@ -305,7 +309,7 @@ def _checked_number(value: int, what: str, low: int, high: int) -> int:
 
 def checked_exit_code(value: int | None) -> int | None:
     """Return ``value`` if it is an i32, or None."""
-    return None if value is None else _checked_number(value, "exit_code", -(2**31), 2**31 - 1)
+    return None if value is None else checked_number(value, "exit_code", -(2**31), 2**31 - 1)
 
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL refuses NUL, no encoding has lone surrogates
