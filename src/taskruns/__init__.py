@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taskruns.bulk import RunsAdded
     from taskruns.errors import (
         AttemptConflictError,
         RunClosedError,
@@ -24,6 +25,7 @@ __all__ = [
     "RunExistsError",
     "RunNotFoundError",
     "RunPage",
+    "RunsAdded",
     "SchemaVersionError",
     "TaskPhase",
     "TaskRun",
@@ -40,6 +42,7 @@ _HOMES = {
     "TaskRunHistory": "history",
     "TaskRunRepository": "repository",
     "RunPage": "repository",
+    "RunsAdded": "bulk",
     "TaskRunRow": "orm",
 }
 

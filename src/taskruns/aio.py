@@ -5,15 +5,17 @@ Each method does what its twin does, by running it in SQLAlchemy's bridge, so th
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
-from sqlalchemy import URL
+from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from taskruns import engine, migrate
+from taskruns import bulk, engine, migrate
+from taskruns.bulk import RunsAdded
 from taskruns.engine import check_prepared
 from taskruns.errors import SchemaVersionError
 from taskruns.history import PAGE, RETRY_FOR, Operation
@@ -84,6 +86,10 @@ class AsyncTaskRunRepository:
             finished_at=finished_at,
         )
 
+    async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
+        """Store runs as they are: see :meth:`TaskRunRepository.add_runs`."""
+        return await self._call(TaskRunRepository.add_runs, runs)
+
     async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
         return await self._call(TaskRunRepository.get_run, task_id, attempt)
@@ -99,6 +105,12 @@ class AsyncTaskRunRepository:
     async def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
         """Return the active runs, of one task or of all, in the order they started."""
         return await self._call(TaskRunRepository.active_runs, task_id)
+
+    async def all_runs(
+        self, task_id: str | None = None, *, limit: int = 50, after: tuple[str, int] | None = None
+    ) -> list[TaskRun]:
+        """Return runs of one task or of all, in order: see :meth:`TaskRunRepository.all_runs`."""
+        return await self._call(TaskRunRepository.all_runs, task_id, limit=limit, after=after)
 
     async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
         """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
@@ -222,6 +234,15 @@ class AsyncTaskRunHistory:
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
         return await self._call(lambda connection, lost: close_alone(connection, task_id, attempt, outcome, lost=lost))
 
+    async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
+        """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
+
+        def add(connection: Connection, _lost: bool) -> RunsAdded:  # noqa: FBT001
+            with engine.transaction(connection):
+                return bulk.add_runs(connection, runs)
+
+        return await self._call(add)
+
     async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
         return await self._ask(lambda runs: runs.get_run(task_id, attempt))
@@ -250,6 +271,14 @@ class AsyncTaskRunHistory:
     async def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
         """Return the active runs, of one task or of all, in the order they started."""
         return await self._ask(lambda runs: runs.active_runs(task_id))
+
+    async def all_runs(self, task_id: str | None = None) -> AsyncIterator[TaskRun]:
+        """Yield the runs of one task or of all, in order: see :meth:`taskruns.TaskRunHistory.all_runs`."""
+        after = None
+        while page := await self._ask(partial(TaskRunRepository.all_runs, task_id=task_id, limit=PAGE, after=after)):
+            for run in page:
+                yield run
+            after = (page[-1].task_id, page[-1].attempt)
 
     async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
         """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""

@@ -1,14 +1,16 @@
 """A task's history in a database: each call is one transaction."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from typing import Self, TypeVar
 
 from sqlalchemy import URL, Connection, Engine
 
-from taskruns import engine, migrate
+from taskruns import bulk, engine, migrate
+from taskruns.bulk import RunsAdded
 from taskruns.engine import check_prepared
 from taskruns.errors import SchemaVersionError
 from taskruns.model import Outcome, TaskPhase, TaskRun
@@ -157,6 +159,15 @@ class TaskRunHistory:
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
         return self._call(lambda connection, lost: close_alone(connection, task_id, attempt, outcome, lost=lost))
 
+    def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
+        """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
+
+        def add(connection: Connection, _lost: bool) -> RunsAdded:  # noqa: FBT001
+            with engine.transaction(connection):
+                return bulk.add_runs(connection, runs)
+
+        return self._call(add)
+
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
         return self._ask(lambda runs: runs.get_run(task_id, attempt))
@@ -184,6 +195,16 @@ class TaskRunHistory:
     def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
         """Return the active runs, of one task or of all, in the order they started."""
         return self._ask(lambda runs: runs.active_runs(task_id))
+
+    def all_runs(self, task_id: str | None = None) -> Iterator[TaskRun]:
+        """Yield the runs of one task or of all, in the order of task id and attempt: the memory it takes is constant.
+
+        Runs that are opened meanwhile are yielded if they come later in this order; none is repeated or missed.
+        """
+        after = None
+        while page := self._ask(partial(TaskRunRepository.all_runs, task_id=task_id, limit=PAGE, after=after)):
+            yield from page
+            after = (page[-1].task_id, page[-1].attempt)
 
     def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
         """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""

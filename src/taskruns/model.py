@@ -206,24 +206,24 @@ class TaskRun:
         missing = [key for key in ("taskId", "attempt", "phase", "startedAt") if wire.get(key) is None]
         if missing:
             raise ValueError(f"the run lacks {', '.join(missing)}")
-        run = cls.starting(
-            wire["taskId"],
-            wire["attempt"],
+        get = wire.get
+        finished_at, error = get("finishedAt"), get("error")
+        source, submission, source_attempt = get("source"), get("submission"), get("sourceAttempt")
+        return cls(
+            task_id=checked_name(wire["taskId"], "task id"),
+            attempt=wire["attempt"],
+            phase=checked_phase(wire["phase"]),
             started_at=parse_time(wire["startedAt"], "startedAt"),
-            source=wire.get("source"),
-            submission=wire.get("submission"),
-            source_attempt=wire.get("sourceAttempt"),
-        )
-        phase = checked_phase(wire["phase"])
-        finished_at = wire.get("finishedAt")
-        return replace(
-            run,
-            phase=phase,
             finished_at=None if finished_at is None else parse_time(finished_at, "finishedAt"),
-            error=clean_error(wire.get("error")),
-            exit_code=checked_exit_code(wire.get("exitCode")),
+            error=None if error is None else clean_error(error),
+            exit_code=checked_exit_code(get("exitCode")),
             recovered=_checked_flag(wire, "recovered"),
             start_inferred=_checked_flag(wire, "startInferred"),
+            source=None if source is None else checked_name(source, "source"),
+            submission=None if submission is None else checked_name(submission, "submission"),
+            source_attempt=(
+                None if source_attempt is None else checked_number(source_attempt, "source_attempt", 0, MAX_ATTEMPT)
+            ),
         )
 
 
@@ -269,11 +269,30 @@ class Outcome:
         return is_filled or (self.error in (None, run.error) and self.exit_code in (None, run.exit_code))
 
 
+def checked_run(run: TaskRun) -> TaskRun:
+    """Return a run as it is stored: its names and numbers are checked, its error is cleaned."""
+    checked_name(run.task_id, "task id")
+    checked_exit_code(run.exit_code)
+    if run.source is not None:
+        checked_name(run.source, "source")
+    if run.submission is not None:
+        checked_name(run.submission, "submission")
+    if run.source_attempt is not None:
+        checked_number(run.source_attempt, "source_attempt", 0, MAX_ATTEMPT)
+    if run.error is None:
+        return run
+    error = clean_error(run.error)
+    return run if error == run.error else replace(run, error=error)
+
+
+_PHASES = {phase.value: phase for phase in TaskPhase}  # several times quicker to ask than the class
+
+
 def checked_phase(value: str) -> TaskPhase:
     """Return the phase that ``value`` names."""
     try:
-        return TaskPhase(value)
-    except ValueError:
+        return _PHASES[value]
+    except (KeyError, TypeError):
         raise ValueError(f"no such phase: {value!r}; the phases are {', '.join(TaskPhase)}") from None
 
 
@@ -286,6 +305,8 @@ def checked_name(value: str, what: str) -> str:
         raise TypeError(f"a {what} is a string, not {type(value).__name__}")
     if not 1 <= len(value) <= MAX_NAME_LENGTH:
         raise ValueError(f"a {what} has 1 to {MAX_NAME_LENGTH} characters, not {len(value)}")
+    if value.isascii() and value.isprintable() and value[0] != " " != value[-1]:
+        return value  # what nearly all are, told quickly
     if value != value.strip():
         raise ValueError(f"a {what} has no white space at its ends: {value!r}")
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
@@ -332,8 +353,10 @@ def clean_error(text: str | None) -> str | None:
     if cut > 0:
         # More than enough on both sides of what will be cut out: neither an end that is kept, nor a URL in it, is near.
         text = text[:MAX_ERROR_BYTES] + text[-MAX_ERROR_BYTES:]
-    text = _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
-    text = _URL_PASSWORD.sub(r"\1:***@", text)
+    if not text.isascii() or "\0" in text:
+        text = _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+    if "://" in text:
+        text = _URL_PASSWORD.sub(r"\1:***@", text)
     if len(text) * 4 > MAX_ERROR_BYTES:  # a character has at most four bytes, so a short text needs no encoding
         encoded = text.encode()
         if len(encoded) > MAX_ERROR_BYTES:
@@ -358,7 +381,7 @@ def in_utc(value: datetime, what: str) -> datetime:
 
 def rfc3339(value: datetime) -> str:
     """Return an aware time as RFC 3339 in UTC, always with six fraction digits and ``Z``."""
-    return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
+    return value.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
@@ -380,6 +403,7 @@ def parse_time(value: str | int, what: str = "a time") -> datetime:
     if not _RFC3339.fullmatch(value):
         raise ValueError(f"{what} is not an RFC 3339 time with its offset, such as 2026-11-24T15:04:05Z: {value!r}")
     try:
-        return in_utc(datetime.fromisoformat(value.upper()), what)
+        moment = datetime.fromisoformat(value.upper())
+        return moment if moment.tzinfo is UTC else in_utc(moment, what)
     except ValueError as error:
         raise ValueError(f"{what} is not a time: {value!r} ({error})") from None

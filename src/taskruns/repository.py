@@ -1,13 +1,14 @@
 """Runs in a transaction of the caller's: statements in, :class:`TaskRun` out. It never commits."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Select
 
-from taskruns import engine, statements
+from taskruns import bulk, engine, statements
+from taskruns.bulk import RunsAdded
 from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_name, checked_phase
 from taskruns.writing import Start, close, key_of, open_start, run_of
 
@@ -86,6 +87,16 @@ class TaskRunRepository:
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
         return close(self._connection, task_id, attempt, outcome)
 
+    def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
+        """Store runs as they are, finished or active, such as those of another database.
+
+        A run that is there already is skipped if it is equal, whoever watches over it, and a conflict if it is not.
+
+        Raises:
+            ValueError: a run has a name or a number that cannot be stored.
+        """
+        return bulk.add_runs(self._connection, runs)
+
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
         row = self._connection.execute(statements.get_run(), key_of(task_id, attempt)).first()
@@ -116,6 +127,28 @@ class TaskRunRepository:
     def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
         """Return the active runs, of one task or of all, in the order they started."""
         return self._runs(statements.active_runs(None if task_id is None else checked_name(task_id, "task id")))
+
+    def all_runs(
+        self, task_id: str | None = None, *, limit: int = 50, after: tuple[str, int] | None = None
+    ) -> list[TaskRun]:
+        """Return runs of one task or of all, in the order of task id and attempt, those after the key ``after``.
+
+        Raises:
+            ValueError: ``limit`` is less than 1, or ``after`` is no key.
+        """
+        _check_limit(limit)
+        # Two questions, as not every database looks up a pair that is greater than another by the key.
+        found: list[TaskRun] = []
+        if after is not None:
+            checked_name(after[0], "task id")
+            if task_id in (None, after[0]):
+                found = self._runs(statements.following_runs(*after, limit=limit))
+        elif task_id is not None:
+            found = self._runs(statements.following_runs(checked_name(task_id, "task id"), 0, limit=limit))
+        if task_id is None and len(found) < limit:
+            last = None if after is None else after[0]
+            found += self._runs(statements.runs_of_following_tasks(last, limit=limit - len(found)))
+        return found
 
     def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
         """Return the latest run of every task, in the order of the task ids, those greater than ``after``.

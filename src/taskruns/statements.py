@@ -3,7 +3,7 @@
 Those of the write path take their values as bound parameters, so each is built once per database.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -142,6 +142,25 @@ def runs(
     if before is not None:
         query = query.where(_C.attempt < before)
     return query if limit is None else query.limit(limit)
+
+
+def runs_by_key(keys: Mapping[str, Collection[int]]) -> Select[Any]:
+    """Select the runs with these attempts of these tasks."""
+    # Not a list of pairs, which not every database looks up by the key.
+    of_tasks = [and_(_C.task_id == task_id, _C.attempt.in_(attempts)) for task_id, attempts in keys.items()]
+    return select(*COLUMNS).where(or_(*of_tasks))
+
+
+def following_runs(task_id: str, attempt: int, *, limit: int) -> Select[Any]:
+    """Select the task's runs after an attempt, in order."""
+    query = select(*COLUMNS).where(_C.task_id == task_id, _C.attempt > attempt)
+    return query.order_by(_C.attempt).limit(limit)
+
+
+def runs_of_following_tasks(task_id: str | None, *, limit: int) -> Select[Any]:
+    """Select the runs of the tasks after this one, or of all, in order."""
+    query = select(*COLUMNS).order_by(*_KEY).limit(limit)
+    return query if task_id is None else query.where(_C.task_id > task_id)
 
 
 def active_runs(task_id: str | None = None) -> Select[Any]:

@@ -1,0 +1,264 @@
+"""``taskruns ingest``."""
+
+import codecs
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import click
+
+from taskruns.cli import complain
+from taskruns.cli.discovery import database, db_option
+from taskruns.cli.lines import MAX_LINE, Rejects
+from taskruns.events import Event
+from taskruns.history import TaskRunHistory
+from taskruns.model import checked_name
+from taskruns.recorder import EventRecorder
+from taskruns.retrying import cause_of
+from taskruns.timeline import Effect
+
+_CHUNK = 64 * 1024
+"""Bytes that are read at once."""
+
+_CHUNKS = 64
+"""Chunks that are read ahead of what is written."""
+
+_LINES, _BYTES = 1000, 4 * 1024 * 1024
+"""Most lines, and roughly most bytes, that become one transaction."""
+
+_GRACE = 10.0
+"""Seconds for which a database that cannot be used is tried again after the signal to stop."""
+
+_SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+_MEANINGS = {
+    Effect.OPENED: "opened a run",
+    Effect.CLOSED: "closed one",
+    Effect.AMENDED: "made one more exact",
+    Effect.REPEATED: "said what was known",
+    Effect.CONTRADICTED: "contradicted the end of a run",
+    Effect.PRUNED: "were older than the oldest run that is kept",
+    Effect.UNMATCHED: "named no attempt and met no run",
+    Effect.NONE: "concern no run",
+    Effect.UNKNOWN: "are of an unknown kind",
+}
+
+
+class _StoppedError(Exception):
+    """The database cannot be used, and there is no more time."""
+
+
+class _Input:
+    """Reads lines in a thread of its own, so that a pause is seen, and a signal heard, at once."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._queue: SimpleQueue[bytes | BaseException | None] = SimpleQueue()
+        self._room = threading.Semaphore(_CHUNKS)
+        self._incomplete = b""
+        self.stopped_at: float | None = None
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def stop(self, *_: object) -> None:
+        """Take no more than what has been read by now. A signal handler: it takes no lock."""
+        if self.stopped_at is None:
+            self.stopped_at = time.monotonic()
+            self._queue.put(None)
+
+    def _read(self) -> None:
+        try:
+            file = sys.stdin.fileno() if self._path == "-" else os.open(self._path, os.O_RDONLY)
+            while chunk := os.read(file, _CHUNK):
+                lines, newline, self._incomplete = (self._incomplete + chunk).rpartition(b"\n")
+                self._incomplete = self._incomplete[: MAX_LINE + 1]  # enough to see that it is too long
+                if newline:
+                    self._room.acquire()
+                    self._queue.put(lines)
+        except Exception as error:  # noqa: BLE001  (for the main thread)
+            self._queue.put(error)
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[bytes | None]:
+        """Yield the lines, and None where the input pauses."""
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except Empty:
+                yield None
+                item = self._queue.get()
+            if item is None:
+                break
+            if isinstance(item, BaseException):
+                raise item
+            self._room.release()
+            yield from item.split(b"\n")
+        # What no line end follows is a line at the end of the input. At a signal it may be the beginning of one.
+        if self._incomplete and (self.stopped_at is None or _is_event(self._incomplete)):
+            yield self._incomplete
+
+
+@click.command("ingest")
+@click.argument("file", default="-", type=click.Path(allow_dash=True, exists=True, dir_okay=False))
+@click.option("--source", metavar="NAME", help="The name of the stream.  [default: the name of the host]")
+@click.option("--ack", is_flag=True, help='Print {"ack": SEQ}, or the number of the line, once it is on disk.')
+@click.option("--rejects", type=click.Path(dir_okay=False, path_type=Path), help="Keep lines that are not valid there.")
+@db_option
+def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | None) -> int:  # noqa: FBT001
+    """Record the events of a supervisor: JSON lines from FILE, or from standard input.
+
+    Each line is an object with `kind` (such as TaskStarting, AttemptFailed or TaskFinished), `task`, `attempt`, `at`
+    and, of an end, `reason`, `exitCode` and `durationMs`. What has been read is written whenever the input pauses. A
+    line that is not valid is reported and stops nothing. A file may be read again: what was recorded stays as it is.
+
+    Two streams of one host need two names. The exit status is 0 at the end of the input or after SIGTERM; 1 if a
+    line was rejected.
+    """
+    if source is not None:
+        try:
+            checked_name(source, "source")
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--source") from None
+    chosen = database()
+    with chosen.options_checked(), TaskRunHistory.connect(chosen.url) as history:
+        history.prepare()
+    lines = _Input(file)
+    for number in _SIGNALS:
+        signal.signal(number, lines.stop)
+    patience = _Patience(lines)
+    connected = TaskRunHistory.connect(chosen.url, retry_for=math.inf, on_retry=patience.note)
+    with connected as history, Rejects(rejects) as kept:
+        ingestion = _Ingestion(EventRecorder(history, source=source), kept, is_acknowledged=ack)
+        try:
+            for line in lines:
+                if line is not None:
+                    ingestion.take(line)
+                if line is None or ingestion.is_full:
+                    ingestion.write()
+                    patience.renew()
+            ingestion.write()
+        except _StoppedError:
+            complain(f"stopped while the database could not be used: {ingestion.unwritten}")
+            return 2
+        finally:
+            ingestion.summarize()
+    return 1 if kept.count else 0
+
+
+class _Patience:
+    """Keeps on trying when the database is out of use, and says so once; after a signal to stop not for long."""
+
+    def __init__(self, lines: _Input) -> None:
+        self._lines = lines
+        self._is_told = False
+
+    def note(self, error: BaseException) -> None:
+        """Take note of an error, before the next try."""
+        if not self._is_told:
+            complain(f"the database cannot be used, trying again: {cause_of(error)}")
+            self._is_told = True
+        stopped_at = self._lines.stopped_at
+        if stopped_at is not None and time.monotonic() > stopped_at + _GRACE:
+            raise _StoppedError
+
+    def renew(self) -> None:
+        """Begin anew, as the database can be used."""
+        self._is_told = False
+
+
+class _Ingestion:
+    """The lines that were read and not yet written, and what became of all."""
+
+    def __init__(self, recorder: EventRecorder, rejects: Rejects, *, is_acknowledged: bool) -> None:
+        self._recorder = recorder
+        self._rejects = rejects
+        self._is_acknowledged = is_acknowledged
+        self._number = 0
+        self._lines: list[tuple[int, bytes]] = []
+        self._events: list[Event] = []
+        self._bytes = 0
+        self._done: list[int | str] = []  # to be acknowledged with the next write
+        self._unknown_keys = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to write."""
+        return len(self._done) >= _LINES or self._bytes >= _BYTES
+
+    @property
+    def unwritten(self) -> str:
+        """The lines that are not written, in words."""
+        first = self._lines[0][0] if self._lines else self._number
+        return f"lines {first} to {self._number} are not recorded"
+
+    def take(self, line: bytes) -> None:
+        """Take a line that was read."""
+        self._number += 1
+        if self._number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line or line.isspace():
+            return
+        try:
+            event = _parse(line)
+        except (TypeError, ValueError) as error:
+            self._rejects.reject(self._number, line, str(error))
+            self._done.append(self._number)
+            return
+        self._events.append(event)
+        self._lines.append((self._number, line))
+        self._bytes += len(line)
+        self._unknown_keys += event.unknown_keys
+        self._done.append(self._number if event.seq is None else event.seq)
+
+    def write(self) -> None:
+        """Write what was taken, then acknowledge it."""
+        if self._events:
+            for (number, line), effect in zip(self._lines, self._recorder.record_all(self._events), strict=True):
+                if effect is Effect.FULL:
+                    self._rejects.reject(number, line, "the task has used up its attempt numbers")
+        self._rejects.sync()
+        if self._is_acknowledged and self._done:
+            try:
+                click.echo("\n".join(json.dumps({"ack": done}) for done in self._done))
+            except BrokenPipeError:  # nobody listens any more; the history is kept all the same
+                self._is_acknowledged = False
+        self._lines, self._events, self._bytes, self._done = [], [], 0, []
+
+    def summarize(self) -> None:
+        """Say what became of the lines."""
+        facts = [
+            f"{count} {_MEANINGS[effect]}" for effect, count in self._recorder.counts.items() if effect in _MEANINGS
+        ]
+        if self._rejects.count:
+            facts.append(f"{self._rejects.count} rejected")
+        if self._unknown_keys:
+            facts.append(f"{self._unknown_keys} unknown keys")
+        complain(f"{self._number} lines: {', '.join(facts) or 'no events'}")
+
+
+def _parse(line: bytes) -> Event:
+    if len(line) > MAX_LINE:
+        raise ValueError(f"it is longer than {MAX_LINE} bytes")
+    try:
+        wire = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error.msg} (column {error.colno})") from None
+    return Event.from_wire(wire)
+
+
+def _is_event(text: bytes) -> bool:
+    try:
+        _parse(text)
+    except (TypeError, ValueError):
+        return False
+    return True

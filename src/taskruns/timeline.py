@@ -1,0 +1,363 @@
+"""Which run an event belongs to: the runs of one task that came from one source, in the order they started.
+
+Streams repeat, reorder, lose and replay events. So what an event does follows from the runs and from its time, and the
+history is the same whatever the order in which the events of a run arrive. Plain values, no database.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol
+
+from taskruns.events import Event, Role
+from taskruns.model import MAX_ATTEMPT, RANK, Outcome, TaskPhase, TaskRun
+
+NOT_OBSERVED = "run outcome not observed (a later attempt started first)"
+"""The error of a run whose supervisor has started the task again without telling how it ended."""
+
+
+class Effect(StrEnum):
+    """What an event did."""
+
+    OPENED = "opened"
+    """A run has been opened."""
+    CLOSED = "closed"
+    """A run has been closed, or created closed as its start was not observed."""
+    AMENDED = "amended"
+    """A run has become more exact: its true start, a higher outcome."""
+    REPEATED = "repeated"
+    """Nothing: all of it was known."""
+    CONTRADICTED = "contradicted"
+    """Nothing: the run has ended in another way."""
+    PRUNED = "pruned"
+    """Nothing: the run is older than the oldest one that is kept."""
+    UNMATCHED = "unmatched"
+    """Nothing: it names no attempt, and there is no run that it could mean."""
+    FULL = "full"
+    """Nothing: the task has used up its numbers."""
+    NONE = "none"
+    """Nothing: it concerns no run."""
+    UNKNOWN = "unknown"
+    """Nothing: its kind is not known."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A run as it is to be stored."""
+
+    attempt: int
+    phase: TaskPhase
+    started_at: datetime
+    finished_at: datetime | None
+    error: str | None
+    exit_code: int | None
+    recovered: bool
+    start_inferred: bool
+    submission: str | None
+    source_attempt: int | None
+    stored: tuple[TaskPhase, bool] | None
+    """The phase, and whether it was recovered, of the stored run; None of a new one."""
+    is_changed: bool = False
+
+    @classmethod
+    def of(cls, run: TaskRun) -> "Entry":
+        """Return a stored run as an entry."""
+        return cls(
+            run.attempt,
+            run.phase,
+            run.started_at,
+            run.finished_at,
+            run.error,
+            run.exit_code,
+            run.recovered,
+            run.start_inferred,
+            run.submission,
+            run.source_attempt,
+            (run.phase, run.recovered),
+        )
+
+    @property
+    def place(self) -> tuple[datetime, int]:
+        """Its place among the others; attempts that start at the same moment are in the order of their numbers."""
+        return self.started_at, self.source_attempt or 0
+
+    def is_end_of(self, number: int | None, at: datetime) -> bool:
+        """Whether this may be the run of an attempt that started at ``at``, of which only the end was told so far."""
+        is_later = self.finished_at is not None and at <= self.finished_at
+        return self.start_inferred and self.source_attempt == number and is_later
+
+    def is_attempt(self, number: int | None) -> bool:
+        """Whether this may be the attempt to which its supervisor gives ``number``."""
+        return number is None or self.source_attempt is None or number == self.source_attempt
+
+
+class Kept(Protocol):
+    """What a timeline asks of the stored runs of its task when it has to know more."""
+
+    def latest_of_submission(self, task_id: str, submission: str, at: datetime) -> Entry | None:
+        """Return the source's latest run of a submission that started at ``at`` or before."""
+
+    def oldest(self, task_id: str) -> tuple[int, datetime]:
+        """Return the lowest number, and when that run started."""
+
+    def is_in_order(self, task_id: str, attempt: int, at: datetime) -> bool:
+        """Whether no run has this number, and those around it started in the order of the numbers."""
+
+
+def _place(entry: Entry) -> tuple[datetime, int]:
+    return entry.place
+
+
+def _start(entry: Entry) -> datetime:
+    return entry.started_at
+
+
+class Timeline:
+    """The runs of one task from one source: all of them that started from ``since`` on and before ``until``."""
+
+    def __init__(
+        self,
+        entries: Iterable[Entry] = (),
+        *,
+        last: int = 0,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        active: Iterable[Entry] = (),
+    ) -> None:
+        """Begin with the runs between two moments; None means that there are none beyond.
+
+        ``last`` is the task's highest number, 0 if it has none; ``active`` are the active runs that are not among
+        ``entries``.
+        """
+        self.last = last
+        self.changed: list[Entry] = []
+        self._entries = sorted(entries, key=_place)
+        self._since, self._until = since, until
+        self._elsewhere = list(active)
+        self._active = [entry for entry in entries if entry.finished_at is None] + self._elsewhere
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def covers(self, at: datetime) -> bool:
+        """Whether the runs around a moment are known."""
+        return (self._since is None or self._since <= at) and (self._until is None or at < self._until)
+
+    def trim(self, size: int) -> None:
+        """Forget the runs that started first, all but ``size`` of them and the active ones."""
+        gone = self._entries[:-size]
+        if gone:
+            self._elsewhere += [entry for entry in gone if entry.finished_at is None]
+            del self._entries[:-size]
+            self._since = self._entries[0].started_at
+
+    def apply(self, event: Event, kept: Kept) -> Effect:
+        """Do what an event says, and note in ``changed`` what has to be stored."""
+        self._kept = kept
+        if event.role is Role.START:
+            return self._apply_start(event)
+        entry = self._at(event)
+        if entry is not None and entry.is_attempt(event.attempt):
+            return self._apply_end(entry, event)
+        if event.attempt is None:
+            return Effect.UNMATCHED
+        return self._create_closed(event)
+
+    def _apply_start(self, event: Event) -> Effect:
+        at, number, submission = event.at, event.attempt, event.submission
+        entries = self._entries
+        place = bisect_right(entries, at, key=_start)
+        for entry in self._before(place, submission):
+            if entry.started_at != at:
+                break
+            if entry.is_attempt(number):
+                return self._confirm_start(entry, at)
+        neighbours = (next(self._before(place, submission), None), next(self._after(place, submission), None))
+        for neighbour in neighbours:
+            # Its end came first. Attempts of a stream follow one another, so no run lies between the two.
+            if neighbour is not None and neighbour.is_end_of(number, at):
+                return self._confirm_start(neighbour, at)
+        return self._create(event, at, None)
+
+    def _confirm_start(self, entry: Entry, at: datetime) -> Effect:
+        """Take the true start of a run of which the end came first."""
+        if not entry.start_inferred:
+            return Effect.REPEATED
+        before, entry.started_at, entry.start_inferred = entry.started_at, at, False
+        self._entries.remove(entry)
+        self._insert(entry, moved_from=before)
+        return Effect.AMENDED
+
+    def _apply_end(self, entry: Entry, event: Event) -> Effect:
+        outcome = event.outcome(entry.source_attempt)
+        if entry.finished_at is None:
+            return self._close(entry, outcome)
+        if event.role is Role.CLOSING:
+            return self._close(entry, outcome) if entry.recovered else Effect.REPEATED
+        stored = Outcome(entry.phase, entry.error, entry.exit_code, entry.finished_at)
+        if stored == outcome and not entry.recovered:
+            return Effect.REPEATED
+        if _is_of_another_attempt(event, outcome, stored):
+            # The supervisor has been restarted, its numbers too, and the start was lost.
+            return self._create_closed(event)
+        if entry.recovered:
+            return self._close(entry, outcome)
+        return self._merge(entry, stored, outcome, event.role)
+
+    def _merge(self, entry: Entry, stored: Outcome, told: Outcome, role: Role) -> Effect:
+        """Make one outcome of two that are told of a run, as if they had come in the order of their times."""
+        are_of_a_kind = told.phase is stored.phase or (told.phase in RANK and stored.phase in RANK)
+        is_earlier, is_end = told.finished_at < stored.finished_at, role is Role.END
+        if not (are_of_a_kind or (is_earlier and is_end)):
+            return Effect.CONTRADICTED
+        if is_earlier or (is_end and told.finished_at == stored.finished_at):
+            merged = told.refined(stored)
+        else:
+            merged = stored.refined(told)
+        if merged == stored:
+            return Effect.REPEATED
+        self._set(entry, merged)
+        return Effect.AMENDED
+
+    def _create_closed(self, event: Event) -> Effect:
+        """Create the run of which only the end is told."""
+        return self._create(event, event.began_at, event.outcome(None))
+
+    def _create(self, event: Event, at: datetime, outcome: Outcome | None) -> Effect:
+        number = self._number(event.task_id, event.attempt, at)
+        if number is None:
+            return Effect.PRUNED
+        if number > MAX_ATTEMPT:
+            return Effect.FULL
+        entry = Entry(
+            attempt=number,
+            phase=TaskPhase.RUNNING,
+            started_at=at,
+            finished_at=None,
+            error=None,
+            exit_code=None,
+            recovered=False,
+            start_inferred=outcome is not None,
+            submission=event.submission,
+            source_attempt=event.attempt,
+            stored=None,
+        )
+        self.last = max(self.last, number)
+        if outcome is not None:
+            self._set(entry, outcome)
+        else:
+            self._active.append(entry)
+            self._change(entry)
+        self._insert(entry)
+        return Effect.OPENED if outcome is None else Effect.CLOSED
+
+    def _number(self, task_id: str, wanted: int | None, at: datetime) -> int | None:
+        """Return the number of a new run; None if it can only be one that has been pruned.
+
+        It is the supervisor's own where that is greater than all others, or fits between two of the task's by time
+        too; else the next. For a start before the oldest kept run only a lower number is in order.
+        """
+        is_late = bool(self._entries) and at < self._entries[-1].started_at
+        is_first = self._since is None and (not self._entries or at < self._entries[0].started_at)
+        if is_first and self.last:
+            lowest, oldest = self._kept.oldest(task_id)
+            if at < oldest:
+                if wanted is not None and wanted < lowest:
+                    return wanted
+                if lowest > 1:  # else none can have been pruned: this source just tells of earlier times
+                    return None
+        if wanted is not None and (wanted > self.last or (is_late and self._kept.is_in_order(task_id, wanted, at))):
+            return wanted
+        return self.last + 1
+
+    def _insert(self, entry: Entry, moved_from: datetime | None = None) -> None:
+        """Put an entry in its place. A later attempt of a stream ends the earlier ones that are still active."""
+        self._change(entry)
+        place = bisect_right(self._entries, entry.place, key=_place)
+        self._entries.insert(place, entry)
+        for active in list(self._active):
+            if active is not entry and _matches(active, entry.submission) and active.place < entry.place:
+                self._lose(active, entry.started_at)
+        previous = next(self._before(place, entry.submission), None)
+        if previous is not None and previous.recovered and previous.error == NOT_OBSERVED:
+            assert previous.finished_at is not None  # noqa: S101  (for mypy: only active runs have none)
+            if entry.started_at < previous.finished_at or previous.finished_at == moved_from:
+                self._lose(previous, entry.started_at)
+        if entry.finished_at is None:
+            following = next(self._after(place + 1, entry.submission), None)
+            if following is not None:
+                self._lose(entry, following.started_at)
+
+    def _lose(self, entry: Entry, at: datetime) -> None:
+        """Close a run of which the end was not told, at the moment its successor started."""
+        self._set(entry, Outcome(TaskPhase.FAILED, NOT_OBSERVED, None, at), recovered=True)
+
+    def _close(self, entry: Entry, outcome: Outcome) -> Effect:
+        self._set(entry, outcome)
+        return Effect.CLOSED
+
+    def _set(self, entry: Entry, outcome: Outcome, *, recovered: bool = False) -> None:
+        if entry.finished_at is None and entry in self._active:
+            self._active.remove(entry)
+            if entry in self._elsewhere:
+                self._elsewhere.remove(entry)
+        entry.phase, entry.error, entry.exit_code = outcome.phase, outcome.error, outcome.exit_code
+        entry.finished_at = max(outcome.finished_at, entry.started_at)
+        entry.recovered = recovered
+        self._change(entry)
+
+    def _change(self, entry: Entry) -> None:
+        if not entry.is_changed:
+            entry.is_changed = True
+            self.changed.append(entry)
+
+    def _at(self, event: Event) -> Entry | None:
+        """Return the run with the greatest start up to an event; of several, the one with its number."""
+        at, submission = event.at, event.submission
+        latest: Entry | None = None
+        for entry in self._before(bisect_right(self._entries, at, key=_start), submission):
+            if latest is not None and entry.started_at != latest.started_at:
+                break
+            if entry.is_attempt(event.attempt):
+                return entry
+            latest = latest or entry
+        if latest is None:
+            earlier = [e for e in self._elsewhere if e.started_at <= at and _matches(e, submission)]
+            latest = max(earlier, key=_place, default=None)
+        if latest is None and self._since is not None and submission is not None:
+            latest = self._kept.latest_of_submission(event.task_id, submission, at)
+            if latest is not None:
+                self._elsewhere.append(latest)
+        return latest
+
+    def _before(self, place: int, submission: str | None) -> Iterator[Entry]:
+        """Yield the entries of a stream before a place, the nearest first."""
+        for index in range(place - 1, -1, -1):
+            entry = self._entries[index]
+            if submission is None or entry.submission == submission:
+                yield entry
+
+    def _after(self, place: int, submission: str | None) -> Iterator[Entry]:
+        """Yield the entries of a stream from a place on."""
+        for index in range(place, len(self._entries)):
+            entry = self._entries[index]
+            if submission is None or entry.submission == submission:
+                yield entry
+
+
+def _matches(entry: Entry, submission: str | None) -> bool:
+    return submission is None or entry.submission == submission
+
+
+def _is_of_another_attempt(event: Event, outcome: Outcome, stored: Outcome) -> bool:
+    """Whether an event tells of an attempt that began after the end of the stored one with the same number.
+
+    Where it does not say how long the attempt took, an end that comes later than the stored one is that of another
+    attempt, unless the two can be told of the same: a timeout, and the failure that it is.
+    """
+    if event.duration is not None:
+        return event.began_at > stored.finished_at
+    may_be_of_one = outcome.phase is not stored.phase and outcome.phase in RANK and stored.phase in RANK
+    return event.role is Role.END and event.at > stored.finished_at and not may_be_of_one
