@@ -33,6 +33,8 @@ NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
         "://bob:secret@host/runs",
         "postgresql://bob:secret@host/runs?prepare_threshold=secret-ish",
         "sqlite:///runs.db?synchronous=OFF",
+        "sqlite:///runs.db?cache_size=0",
+        "sqlite:///runs.db?cache_size=64MB",
     ],
 )
 @pytest.mark.parametrize("history_class", [TaskRunHistory, AsyncTaskRunHistory])
@@ -97,6 +99,22 @@ def test_missing_asynchronous_driver_names_the_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "aiosqlite", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'taskruns\[asyncio\]'"):
         AsyncTaskRunHistory.connect("sqlite:///runs.db")
+
+
+def test_cache_size_is_in_mebibytes(sqlite: str, histories: Histories) -> None:
+    history = histories.connect(f"{sqlite}?cache_size=64")
+    with history.begin() as runs:
+        connection: Any = runs._connection
+        connection = getattr(connection, "sync_connection", connection)
+
+        @event.listens_for(connection, "before_cursor_execute", named=True)
+        def look(cursor: Any, **_: object) -> None:
+            cursor.execute("PRAGMA cache_size")
+            found.append(cursor.fetchone()[0])
+
+        found: list[int] = []
+        assert runs.get_run("job", 1) is None
+    assert found == [-65536]
 
 
 @pytest.mark.parametrize(("option", "threshold"), [("none", None), ("None", None), ("0", 0), ("7", 7)])

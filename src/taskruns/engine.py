@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import sqlite3
 import stat
 import time
@@ -60,7 +61,7 @@ def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[st
     query = dict(url.query)
     arguments: dict[str, Any] = {}
     if backend == "sqlite":
-        query.pop("synchronous", None)  # ours, see prepared()
+        query = {name: value for name, value in query.items() if name not in ("synchronous", "cache_size")}  # ours
         if "timeout" not in query:
             arguments["timeout"] = lock_timeout
         if read_only and is_file(url):
@@ -119,9 +120,7 @@ def check_prepared(engine: Engine) -> None:
 
 
 def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
-    synchronous = str(url.query.get("synchronous", "FULL")).upper()
-    if synchronous not in ("FULL", "NORMAL"):
-        raise ValueError(f"synchronous in the database URL is FULL or NORMAL, not {synchronous!r}")
+    settings = _sqlite_settings(url)
 
     @event.listens_for(engine, "do_connect")
     def prepare_file(_dialect: Any, _record: object, arguments: list[Any], _options: object) -> None:
@@ -140,7 +139,8 @@ def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
             cursor.execute("PRAGMA query_only = ON")
         else:
             _use_wal(cursor)
-            cursor.execute(f"PRAGMA synchronous = {synchronous}")
+            for setting in settings:
+                cursor.execute(f"PRAGMA {setting}")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
 
@@ -149,6 +149,20 @@ def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
         mode = connection.get_execution_options().get("taskruns_begin")
         if mode is not None:
             connection.exec_driver_sql(f"BEGIN {mode}")
+
+
+def _sqlite_settings(url: URL) -> list[str]:
+    """Return the pragmas of a connection that writes."""
+    synchronous = str(url.query.get("synchronous", "FULL")).upper()
+    if synchronous not in ("FULL", "NORMAL"):
+        raise ValueError(f"synchronous in the database URL is FULL or NORMAL, not {synchronous!r}")
+    settings = [f"synchronous = {synchronous}"]
+    if "cache_size" in url.query:
+        size = str(url.query["cache_size"])
+        if not re.fullmatch("[1-9][0-9]{0,4}", size):
+            raise ValueError(f"cache_size in the database URL is a number of MiB, not {size!r}")
+        settings.append(f"cache_size = {-1024 * int(size)}")  # negative: of KiB
+    return settings
 
 
 def _make_file(path: Path) -> None:

@@ -69,7 +69,8 @@ class TaskRunHistory:
 
         Args:
             url: An SQLAlchemy URL: ``sqlite:///FILE``, ``postgresql://…``, ``mysql://…`` or ``mariadb://…``. Options:
-                ``synchronous=NORMAL`` (SQLite), ``prepare_threshold=none`` (PostgreSQL behind PgBouncer).
+                ``synchronous=NORMAL``, ``cache_size=64`` (MiB; SQLite), ``prepare_threshold=none`` (PostgreSQL
+                behind PgBouncer).
             source: What runs are marked with; the host's name unless given.
             read_only: Open an SQLite file, which must exist, to read it only; on a server the role decides.
             lock_timeout: Seconds to wait for another writer of an SQLite file.

@@ -17,6 +17,9 @@ _COMMANDS = {
     "tasks": "queries",
     "active": "queries",
     "last": "queries",
+    "ingest": "ingest",
+    "export": "transfer",
+    "import": "transfer",
     "db": "db",
     "completion": "completion",
 }

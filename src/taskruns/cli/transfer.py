@@ -1,0 +1,284 @@
+"""``taskruns export`` and ``taskruns import``."""
+
+import json
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from taskruns.cli import complain
+from taskruns.cli.discovery import database, db_option
+from taskruns.cli.lines import MAX_LINE, Rejects
+from taskruns.cli.output import printable
+from taskruns.cli.task_id import TaskId
+from taskruns.history import TaskRunHistory
+from taskruns.model import MAX_TOLD_ATTEMPT, TaskRun
+
+_AT_ONCE = 500
+"""Runs that are written at a time."""
+
+_CHUNK = 10_000
+"""Runs that are added by one transaction, unless they are long."""
+
+_CHUNK_BYTES = 8 * 1024 * 1024
+
+_CACHE_SIZE = "64"
+"""MiB of an SQLite database that are kept in memory: the order of the runs is not that of every index."""
+
+_CSV = (
+    "taskId",
+    "attempt",
+    "phase",
+    "startedAt",
+    "finishedAt",
+    "durationMs",
+    "error",
+    "exitCode",
+    "recovered",
+    "startInferred",
+    "source",
+    "submission",
+    "sourceAttempt",
+)
+
+Advance = Callable[[int, int], None]
+"""Tells the progress bar how many runs are done, and how many bytes."""
+
+
+@click.command("export")
+@click.option("--csv", "as_csv", is_flag=True, help="Write CSV with a header instead.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Where to; else to standard output.")
+@click.option("--task", type=TaskId(), help="Only the runs of this task.")
+@db_option
+def export_command(as_csv: bool, output: Path | None, task: str | None) -> int:  # noqa: FBT001
+    """Write all runs as JSON lines, in the order of task and attempt.
+
+    `taskruns import` reads them. A FILE is complete or not there at all.
+    """
+    line_of: Callable[[TaskRun], str] = _csv_line if as_csv else _json_line
+    on_terminal = output is None and sys.stdout.isatty()
+    with database().reading() as history:
+        runs = history.all_runs(task)
+        first = list(islice(runs, 1))
+        if task is not None and not first:
+            complain(f"no run of {printable(task)}")
+            return 1
+        with _target(output) as file, _progress(hidden=on_terminal) as advance:
+            if as_csv:
+                file.write(f"{','.join(_CSV)}\n".encode())
+            portion = first + list(islice(runs, _AT_ONCE - 1))
+            while portion:
+                file.write("".join(map(line_of, portion)).encode())
+                advance(len(portion), 0)
+                portion = list(islice(runs, _AT_ONCE))
+            file.flush()
+    return 0
+
+
+@contextmanager
+def _target(path: Path | None) -> Iterator[BinaryIO]:
+    """Give the file to write to; one with a name gets it when it is complete."""
+    if path is None or str(path) == "-":
+        yield sys.stdout.buffer
+        return
+    path = path.resolve()  # so that a link stays one
+    if path.exists() and not path.is_file():
+        with path.open("wb") as device:
+            yield device
+        return
+    with ExitStack() as undo:
+        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        undo.callback(Path(name).unlink, missing_ok=True)
+        with os.fdopen(number, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(number)
+        Path(name).replace(path)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _json_line(run: TaskRun) -> str:
+    return _encode(run.to_wire()) + "\n"
+
+
+def _csv_line(run: TaskRun) -> str:
+    wire = {"recovered": False, "startInferred": False} | run.to_wire()
+    return ",".join([_csv_value(wire.get(key)) for key in _CSV]) + "\n"
+
+
+def _csv_value(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = str(value)
+    # Not by the csv module, which before Python 3.13 leaves a lone carriage return bare.
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
+
+
+@click.command("import")
+@click.argument("file")
+@click.option(
+    "--rejects", type=click.Path(path_type=Path), metavar="FILE", help="Where to keep lines that are rejected."
+)
+@db_option
+def import_command(file: str, rejects: Path | None) -> int:
+    """Add the runs in FILE, or from standard input (-): JSON lines, as `taskruns export` writes them.
+
+    A run that is there already is skipped; if it is not the same, or a line is no run, the line is rejected, and the
+    exit status is 1. Stopped on its way, it may be started again.
+    """
+    found = database()
+    url = found.url
+    if url.get_backend_name() == "sqlite" and "cache_size" not in url.query:
+        url = url.update_query_dict({"cache_size": _CACHE_SIZE})
+    with ExitStack() as opened:
+        source = opened.enter_context(_source(file))
+        with found.options_checked():
+            history = opened.enter_context(TaskRunHistory.connect(url))
+            history.prepare()
+        kept = opened.enter_context(Rejects(rejects))
+        importing = _Import(history, kept)
+        opened.callback(importing.report)
+        status = os.fstat(source.fileno())
+        with _progress(status.st_size if stat.S_ISREG(status.st_mode) else None) as advance:
+            importing.run(source, advance)
+    return 1 if kept.count else 0
+
+
+@contextmanager
+def _source(file: str) -> Iterator[BinaryIO]:
+    if file == "-":
+        if sys.stdin is None:
+            raise click.ClickException("standard input is closed")
+        yield sys.stdin.buffer
+        return
+    with ExitStack() as opened:
+        try:
+            source = opened.enter_context(Path(file).open("rb"))
+        except OSError as error:
+            raise click.ClickException(f"{file}: {error.strerror}") from None
+        yield source
+
+
+class _Import:
+    """Runs on their way from lines to a database, and what became of them."""
+
+    def __init__(self, history: TaskRunHistory, rejects: Rejects) -> None:
+        self._history = history
+        self._rejects = rejects
+        self._added = self._equal = 0
+        self._runs: list[TaskRun] = []
+        self._lines: list[tuple[int, bytes]] = []
+
+    def run(self, source: BinaryIO, advance: Advance) -> None:
+        """Read all lines and add their runs, some at a time."""
+        number = size = 0
+        while line := source.readline(MAX_LINE):
+            number += 1
+            size += len(line)
+            if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                self._rejects.reject(number, line, f"longer than {MAX_LINE >> 20} MiB", _rest_of_line(source))
+            elif not line.isspace():
+                self._take(number, line)
+            if len(self._runs) == _CHUNK or size > _CHUNK_BYTES:
+                advance(self._add(), size)
+                size = 0
+        advance(self._add(), size)
+
+    def _take(self, number: int, line: bytes) -> None:
+        try:
+            run = _run_of(line)
+        except (ValueError, TypeError) as error:
+            self._rejects.reject(number, line, str(error))
+        except RecursionError:
+            self._rejects.reject(number, line, "not JSON: nested too deeply")
+        else:
+            self._runs.append(run)
+            self._lines.append((number, line))
+
+    def _add(self) -> int:
+        """Add the runs that wait, and return how many were stored."""
+        outcome = self._history.add_runs(self._runs)
+        self._added += outcome.added
+        self._equal += outcome.equal
+        if outcome.conflicts:
+            lines = {id(run): line for run, line in zip(self._runs, self._lines, strict=True)}
+            for run in outcome.conflicts:
+                reason = f"attempt {run.attempt} of task {run.task_id!r} exists already, and is not the same"
+                self._rejects.reject(*lines[id(run)], reason)
+        done = len(self._runs)
+        self._runs.clear()
+        self._lines.clear()
+        return done
+
+    def report(self) -> None:
+        """Say what became of the lines."""
+        said = [f"{_counted(self._added, 'run')} added"]
+        if self._equal:
+            said.append(f"{self._equal} {'was' if self._equal == 1 else 'were'} there already")
+        if self._rejects.count:
+            said.append(f"{_counted(self._rejects.count, 'line')} rejected")
+        complain(", ".join(said))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _rest_of_line(source: BinaryIO) -> Iterator[bytes]:
+    while piece := source.readline(MAX_LINE):
+        yield piece
+        if piece.endswith(b"\n"):
+            return
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"not JSON: {constant}")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).decode
+
+
+def _run_of(line: bytes) -> TaskRun:
+    try:
+        run = TaskRun.from_wire(_decode(line.decode()))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    if run.attempt > MAX_TOLD_ATTEMPT:
+        raise ValueError(f"attempt must be at most {MAX_TOLD_ATTEMPT}, not {run.attempt}")
+    return run
+
+
+@contextmanager
+def _progress(total: int | None = None, *, hidden: bool = False) -> Iterator[Advance]:
+    """Show a bar on a terminal, to the end of ``total`` bytes if that is known."""
+    if hidden or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda _runs, _size: None
+        return
+    from rich.console import Console  # noqa: PLC0415  (only for a person who watches)
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    rest = [] if total is None else [TimeRemainingColumn()]
+    shown = TextColumn("{task.fields[runs]} runs")
+    with Progress(BarColumn(), shown, TimeElapsedColumn(), *rest, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, runs=0)
+        runs = 0
+
+        def advance(more: int, size: int) -> None:
+            nonlocal runs
+            runs += more
+            progress.update(task, advance=size, runs=runs)
+
+        yield advance
