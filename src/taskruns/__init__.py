@@ -13,14 +13,20 @@ if TYPE_CHECKING:
         SchemaVersionError,
         TaskRunsError,
     )
+    from taskruns.events import Event
     from taskruns.history import TaskRunHistory
     from taskruns.model import PROBLEMS, TaskPhase, TaskRun
     from taskruns.orm import TaskRunRow
+    from taskruns.recorder import EventRecorder
     from taskruns.repository import RunPage, TaskRunRepository
+    from taskruns.timeline import Effect
 
 __all__ = [
     "PROBLEMS",
     "AttemptConflictError",
+    "Effect",
+    "Event",
+    "EventRecorder",
     "RunClosedError",
     "RunExistsError",
     "RunNotFoundError",
@@ -37,6 +43,9 @@ __all__ = [
 
 _HOMES = {
     "PROBLEMS": "model",
+    "Event": "events",
+    "Effect": "timeline",
+    "EventRecorder": "recorder",
     "TaskPhase": "model",
     "TaskRun": "model",
     "TaskRunHistory": "history",

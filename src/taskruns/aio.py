@@ -5,11 +5,12 @@ Each method does what its twin does, by running it in SQLAlchemy's bridge, so th
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -18,11 +19,14 @@ from taskruns import bulk, engine, migrate
 from taskruns.bulk import RunsAdded
 from taskruns.engine import check_prepared
 from taskruns.errors import SchemaVersionError
+from taskruns.events import Event
 from taskruns.history import PAGE, RETRY_FOR, Operation
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
 from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
+from taskruns.stream import Stream
+from taskruns.timeline import Effect
 from taskruns.url import ASYNC_DRIVERS, parse_url
 from taskruns.writing import Start, close_alone, open_alone
 
@@ -243,6 +247,10 @@ class AsyncTaskRunHistory:
 
         return await self._call(add)
 
+    async def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
+        """Do what events of a stream say, in one transaction: see :meth:`taskruns.TaskRunHistory.record_events`."""
+        return await self._call(lambda connection, _lost: stream.write(connection, events))
+
     async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
         return await self._ask(lambda runs: runs.get_run(task_id, attempt))
@@ -336,3 +344,26 @@ class AsyncTaskRunHistory:
             await connection.run_sync(migrate.require)
             await connection.commit()
             self._is_current = True
+
+
+class AsyncEventRecorder:
+    """Turns a supervisor's events into runs: see :class:`taskruns.EventRecorder`. For the tasks of one event loop."""
+
+    def __init__(self, history: AsyncTaskRunHistory, *, source: str | None = None) -> None:
+        self._history = history
+        self._stream = Stream(history.source if source is None else source)
+        self._lock = asyncio.Lock()
+        self.counts: Counter[Effect] = Counter()
+        """How many events did what."""
+
+    async def record(self, event: Event | Mapping[str, Any]) -> Effect:
+        """Record one event, and return what it did: see :meth:`record_all`."""
+        return (await self.record_all([event]))[0]
+
+    async def record_all(self, events: Iterable[Event | Mapping[str, Any]]) -> list[Effect]:
+        """Record events in one transaction: see :meth:`taskruns.EventRecorder.record_all`."""
+        checked = [event if isinstance(event, Event) else Event.from_wire(event) for event in events]
+        async with self._lock:
+            effects = await self._history.record_events(self._stream, checked)
+            self.counts.update(effects)
+        return effects

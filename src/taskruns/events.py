@@ -5,10 +5,10 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
-from typing import Any, Self
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
 
 from taskruns.model import (
     MAX_TOLD_ATTEMPT,
@@ -33,6 +33,8 @@ class Role(Enum):
     """What the supervisor makes of the end of an attempt, soon after it."""
     CLOSING = auto()
     """The task has ended; this concerns the run only if its own end was not told."""
+    REMARK = auto()
+    """No attempt will follow this success; likewise, and no run is made of it."""
     NONE = auto()
     """Nothing."""
     UNKNOWN = auto()
@@ -67,6 +69,7 @@ _WITHOUT_EFFECT = (
 _FAMILIES_WITHOUT_EFFECT = ("shutdown_", "Shutdown", "subscriber_", "Subscriber", "controller_", "Controller")
 
 _CENTURY_MS = 36525 * 86_400_000
+_CENTURIES = 102  # the years from the first moment in which a century may reach beyond it
 _FIRST_MOMENT = datetime.min.replace(tzinfo=UTC)
 
 _OUTCOMES: dict[str, tuple[TaskPhase, str | None] | None] = {
@@ -99,9 +102,7 @@ def _both_cases(*names: str) -> dict[str, str]:
 
 
 _KINDS = {
-    form: name
-    for name in (*_STARTS, *_PHASES, _FINISHED, *_WITHOUT_EFFECT)
-    for form in (name, _pascal_case(name))
+    form: name for name in (*_STARTS, *_PHASES, _FINISHED, *_WITHOUT_EFFECT) for form in (name, _pascal_case(name))
 }
 _OUTCOME_KINDS = {
     form: name for name in _OUTCOMES for form in (name, f"outcome_{name}", _pascal_case(name), _camel_case(name))
@@ -113,8 +114,13 @@ _KEYS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+@lru_cache(maxsize=1000)  # a supervisor's events are of few kinds
+def _names(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what the keys of an event mean here, "" where they mean nothing."""
+    return tuple(_KEYS.get(key, "") for key in keys)
+
+
+class Event(NamedTuple):
     """One event of a supervisor. Those that concern no run have a ``role`` that says so, and perhaps no task."""
 
     kind: str
@@ -154,14 +160,9 @@ class Event:
         """
         if not isinstance(wire, Mapping):
             raise TypeError(f"an event is a JSON object, not {wire!r}")
-        told: dict[str, Any] = {}
-        unknown_keys = 0
-        for key, value in wire.items():
-            name = _KEYS.get(key)
-            if name is None:
-                unknown_keys += 1
-            elif value is not None:
-                told[name] = value
+        names = _names(tuple(wire))
+        told = dict(zip(names, wire.values(), strict=False))
+        unknown_keys = names.count("")
         get = told.get
         given = get("kind")
         if not isinstance(given, str):
@@ -169,31 +170,26 @@ class Event:
         seq = get("seq")
         if seq is not None and (isinstance(seq, bool) or not isinstance(seq, int | str)):
             raise TypeError(f"seq is a whole number or a string, not {seq!r}")
-        at = get("at")
+        at, task_id, attempt = get("at"), get("task_id"), get("attempt")
+        duration, submission = get("duration_ms"), get("id")
         moment = datetime.now(UTC) if at is None else parse_time(at, "at")
         kind = _KINDS.get(given, given)
         role, phase, error = _meaning(kind, told)
         if role is Role.NONE or role is Role.UNKNOWN:
             return cls(kind, role, moment, seq=seq, unknown_keys=unknown_keys)
-        if "task_id" not in told:
+        if task_id is None:
             raise ValueError("the event lacks its task")
-        attempt = get("attempt")
-        if attempt is not None:
-            checked_number(attempt, "attempt", 1, MAX_TOLD_ATTEMPT)
-        submission = get("id")
-        if submission is not None:
-            checked_name(str(submission) if type(submission) is int else submission, "id")
         return cls(
             kind,
             role,
             moment,
-            checked_name(told["task_id"], "task id"),
-            attempt,
+            checked_name(task_id, "task id"),
+            None if attempt is None else checked_number(attempt, "attempt", 1, MAX_TOLD_ATTEMPT),
             phase,
             error,
             checked_exit_code(get("exit_code")),
-            None if "duration_ms" not in told else _duration(told["duration_ms"], moment),
-            None if submission is None else str(submission),
+            None if duration is None else _duration(duration, moment),
+            None if submission is None else _submission(submission),
             seq,
             unknown_keys,
         )
@@ -227,14 +223,14 @@ def _meaning(kind: str, told: Mapping[str, Any]) -> tuple[Role, TaskPhase | None
     if phase is TaskPhase.SUCCEEDED:
         return role, phase, None
     if phase is TaskPhase.EXHAUSTED and reason == _SUCCESS_REASON:
-        return Role.CLOSING, TaskPhase.SUCCEEDED, None
+        return Role.REMARK, TaskPhase.SUCCEEDED, None
     if error is None:
         if kind == "actor_dead":
             error = "fatal"
         elif phase is TaskPhase.FAILED:
             error = "unknown"
         elif phase is TaskPhase.TIMEOUT:
-            limit = told.get("timeout_ms", told.get("duration_ms"))
+            limit = told.get("timeout_ms") if told.get("timeout_ms") is not None else told.get("duration_ms")
             error = "timed out" if limit is None else f"timed out after {_milliseconds(limit, 'timeoutMs')} ms"
     return role, phase, error
 
@@ -262,8 +258,13 @@ def _milliseconds(value: Any, what: str) -> int | float:
     return value
 
 
+def _submission(value: Any) -> str:
+    # Taskvisor's own is a number.
+    return checked_name(str(value) if type(value) is int else value, "id")
+
+
 def _duration(value: Any, end: datetime) -> timedelta:
     duration = timedelta(milliseconds=_milliseconds(value, "durationMs"))
-    if duration > end - _FIRST_MOMENT:
+    if end.year <= _CENTURIES and duration > end - _FIRST_MOMENT:
         raise ValueError(f"durationMs is more than the time before {end}")
     return duration

@@ -13,10 +13,13 @@ from taskruns import bulk, engine, migrate
 from taskruns.bulk import RunsAdded
 from taskruns.engine import check_prepared
 from taskruns.errors import SchemaVersionError
+from taskruns.events import Event
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
 from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
+from taskruns.stream import Stream
+from taskruns.timeline import Effect
 from taskruns.writing import Start, close_alone, open_alone
 
 T = TypeVar("T")
@@ -168,6 +171,10 @@ class TaskRunHistory:
                 return bulk.add_runs(connection, runs)
 
         return self._call(add)
+
+    def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
+        """Do what events of a stream say, in one transaction, and return what each did; see :class:`EventRecorder`."""
+        return self._call(lambda connection, _lost: stream.write(connection, events))
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""

@@ -59,6 +59,10 @@ PROBLEMS = frozenset({TaskPhase.FAILED, TaskPhase.TIMEOUT, TaskPhase.EXHAUSTED})
 """The phases that somebody has to look at."""
 
 
+RANK = {TaskPhase.FAILED: 1, TaskPhase.EXHAUSTED: 2, TaskPhase.TIMEOUT: 3}
+"""Which outcome may replace which: the higher says more about the same end."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskRun:
     """One attempt of a task. Immutable, hashable, safe to pickle and to pass between threads.
@@ -203,27 +207,27 @@ class TaskRun:
         """
         if not isinstance(wire, Mapping):
             raise TypeError(f"a run is a JSON object, not {wire!r}")
-        missing = [key for key in ("taskId", "attempt", "phase", "startedAt") if wire.get(key) is None]
-        if missing:
-            raise ValueError(f"the run lacks {', '.join(missing)}")
         get = wire.get
-        finished_at, error = get("finishedAt"), get("error")
+        task_id, attempt, phase, started_at = get("taskId"), get("attempt"), get("phase"), get("startedAt")
+        if task_id is None or attempt is None or phase is None or started_at is None:
+            missing = [key for key in ("taskId", "attempt", "phase", "startedAt") if get(key) is None]
+            raise ValueError(f"the run lacks {', '.join(missing)}")
+        finished_at, error, exit_code = get("finishedAt"), get("error"), get("exitCode")
         source, submission, source_attempt = get("source"), get("submission"), get("sourceAttempt")
+        # By place, as millions are read: a frozen class takes long enough to make.
         return cls(
-            task_id=checked_name(wire["taskId"], "task id"),
-            attempt=wire["attempt"],
-            phase=checked_phase(wire["phase"]),
-            started_at=parse_time(wire["startedAt"], "startedAt"),
-            finished_at=None if finished_at is None else parse_time(finished_at, "finishedAt"),
-            error=None if error is None else clean_error(error),
-            exit_code=checked_exit_code(get("exitCode")),
-            recovered=_checked_flag(wire, "recovered"),
-            start_inferred=_checked_flag(wire, "startInferred"),
-            source=None if source is None else checked_name(source, "source"),
-            submission=None if submission is None else checked_name(submission, "submission"),
-            source_attempt=(
-                None if source_attempt is None else checked_number(source_attempt, "source_attempt", 0, MAX_ATTEMPT)
-            ),
+            checked_name(task_id, "task id"),
+            attempt,
+            checked_phase(phase),
+            parse_time(started_at, "startedAt"),
+            None if finished_at is None else parse_time(finished_at, "finishedAt"),
+            None if error is None else clean_error(error),
+            None if exit_code is None else checked_exit_code(exit_code),
+            "recovered" in wire and _checked_flag(wire, "recovered"),
+            "startInferred" in wire and _checked_flag(wire, "startInferred"),
+            None if source is None else checked_name(source, "source"),
+            None if submission is None else checked_name(submission, "submission"),
+            None if source_attempt is None else checked_number(source_attempt, "source_attempt", 0, MAX_ATTEMPT),
         )
 
 
@@ -256,6 +260,14 @@ class Outcome:
             raise ValueError("a succeeded run has no error")
         moment = in_utc(finished_at, "finished_at") if finished_at is not None else datetime.now(UTC)
         return cls(phase, error, checked_exit_code(exit_code), moment)
+
+    def refined(self, later: "Outcome") -> "Outcome":
+        """Return this outcome with what ``later`` tells of the same end: failed < exhausted < timeout."""
+        if not 0 < RANK.get(self.phase, 0) < RANK.get(later.phase, 0):
+            return self
+        first, second = (self, later) if later.phase is TaskPhase.EXHAUSTED else (later, self)
+        exit_code = second.exit_code if first.exit_code is None else first.exit_code
+        return Outcome(later.phase, first.error or second.error, exit_code, self.finished_at)
 
     def is_that_of(self, run: TaskRun) -> bool:
         """Whether ``run`` ended just so. When it ended is not compared."""
@@ -371,6 +383,8 @@ def in_utc(value: datetime, what: str) -> datetime:
     """Return an aware time in UTC; a naive one is refused, since nobody knows which moment it means."""
     if not isinstance(value, datetime):
         raise TypeError(f"{what} is a datetime, not {type(value).__name__}")
+    if value.tzinfo is UTC:
+        return value
     if value.utcoffset() is None:
         raise ValueError(f"{what} must be an aware datetime, such as datetime.now(timezone.utc), not {value!r}")
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import (
     Insert,
+    Integer,
     Select,
     Update,
     and_,
@@ -130,6 +131,62 @@ def refine_run(phase: TaskPhase) -> Update:
 def get_run() -> Select[Any]:
     """Select a run by its key."""
     return select(*COLUMNS).where(*_THE_RUN)
+
+
+@cache
+def amend_run() -> Update:
+    """Store all that an event may change of a run, unless somebody else has opened or closed it meanwhile."""
+    changed = ("phase", "started_at", "finished_at", "error", "exit_code", "recovered", "start_inferred")
+    was_phase = bindparam("was_phase", type_=_C.phase.type)
+    was_recovered = bindparam("was_recovered", type_=_C.recovered.type)
+    values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in changed}
+    return update(_T).where(*_THE_RUN, _C.phase == was_phase, _C.recovered == was_recovered).values(values)
+
+
+@cache
+def last_attempts() -> Select[Any]:
+    """Select the highest number of each of some tasks, those that have one."""
+    some = _C.task_id.in_(bindparam("task_ids", expanding=True))
+    return select(_C.task_id, func.max(_C.attempt)).where(some).group_by(_C.task_id)
+
+
+_THE_SOURCE = (_C.task_id == _bind("task_id"), _C.source == _bind("source"))
+_MOMENT = bindparam("at", type_=_C.started_at.type)
+_LATEST_FIRST = (_C.started_at.desc(), _C.attempt.desc())
+
+
+@cache
+def source_runs_until() -> Select[Any]:
+    """Select a task's runs from a source that started up to a moment, the latest first."""
+    query = select(*COLUMNS).where(*_THE_SOURCE, _C.started_at <= _MOMENT)
+    return query.order_by(*_LATEST_FIRST).limit(bindparam("most", type_=Integer))
+
+
+@cache
+def source_runs_after() -> Select[Any]:
+    """Select a task's runs from a source that started after a moment, the earliest first."""
+    query = select(*COLUMNS).where(*_THE_SOURCE, _C.started_at > _MOMENT)
+    return query.order_by(_C.started_at, _C.attempt).limit(bindparam("most", type_=Integer))
+
+
+@cache
+def source_active_runs() -> Select[Any]:
+    """Select a task's active runs from a source."""
+    return select(*COLUMNS).where(*_THE_SOURCE, _C.finished_at.is_(None))
+
+
+@cache
+def submission_run_until() -> Select[Any]:
+    """Select the latest run of a submission that started up to a moment."""
+    same = _C.submission == _bind("submission")
+    return select(*COLUMNS).where(*_THE_SOURCE, same, _C.started_at <= _MOMENT).order_by(*_LATEST_FIRST).limit(1)
+
+
+@cache
+def lowest_attempt() -> Select[Any]:
+    """Select a task's lowest number from a given one on."""
+    least = bindparam("least", type_=_C.attempt.type)
+    return select(func.min(_C.attempt)).where(_C.task_id == _bind("task_id"), _C.attempt >= least)
 
 
 def runs(

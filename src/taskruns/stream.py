@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select
+from sqlalchemy import Connection, Row, Select
 from sqlalchemy.exc import IntegrityError
 
 from taskruns import bulk, engine, statements
@@ -14,7 +14,6 @@ from taskruns.events import Event, Role
 from taskruns.model import TaskRun, checked_name
 from taskruns.retrying import is_conflict, is_lost
 from taskruns.timeline import Effect, Entry, Timeline
-from taskruns.writing import run_of
 
 _TRIES = 50
 """How often events are applied anew because others have written to the same runs meanwhile."""
@@ -88,8 +87,9 @@ class _Writing:
         timeline = self._timelines.get(event.task_id)
         if timeline is None or not timeline.covers(event.at):
             timeline = self._read(event.task_id, event.at)
-        self._touched[event.task_id] = timeline
-        return timeline.apply(event, self)
+        effect = timeline.apply(event, self)
+        self._touched[event.task_id] = timeline  # not before: it may have asked for more, with what was changed stored
+        return effect
 
     def _find_tasks(self, events: Sequence[Event]) -> None:
         """Ask for the highest numbers of the tasks that are not known, all by one query."""
@@ -108,7 +108,7 @@ class _Writing:
         if last == 0:
             timeline = Timeline()
         else:
-            ahead = max(_BEHIND, min(_AHEAD, _CACHED // (len(self._timelines) + 1)))
+            ahead = max(_BEHIND, min(_AHEAD, _CACHED // 2 // (len(self._timelines) + 1)))
             given = {"task_id": task_id, "source": self._source, "at": at}
             behind = self._entries(statements.source_runs_until(), given | {"most": _BEHIND})
             following = self._entries(statements.source_runs_after(), given | {"most": ahead + 1})
@@ -127,28 +127,18 @@ class _Writing:
         return timeline
 
     def _entries(self, query: Select[Any], given: dict[str, Any]) -> list[Entry]:
-        return [Entry.of(run_of(row)) for row in self._connection.execute(query, given)]
+        return [_entry(row) for row in self._connection.execute(query, given)]
 
     def latest_of_submission(self, task_id: str, submission: str, at: datetime) -> Entry | None:
         """Return the source's latest run of a submission that started at ``at`` or before."""
         given = {"task_id": task_id, "source": self._source, "submission": submission, "at": at}
         return next(iter(self._entries(statements.submission_run_until(), given)), None)
 
-    def oldest(self, task_id: str) -> tuple[int, datetime]:
-        """Return the lowest number, and when that run started."""
+    def lowest(self, task_id: str, least: int = 1) -> int | None:
+        """Return the task's lowest number from ``least`` on."""
         self._store()
-        attempt, started_at = self._connection.execute(
-            statements.attempts_from(), {"task_id": task_id, "attempt": 1}
-        ).one()
-        return attempt, started_at
-
-    def is_in_order(self, task_id: str, attempt: int, at: datetime) -> bool:
-        """Whether no run has this number, and those around it started in the order of the numbers."""
-        self._store()
-        given = {"task_id": task_id, "attempt": attempt}
-        above = self._connection.execute(statements.attempts_from(), given).first()
-        below = self._connection.execute(statements.attempts_before(), given).first()
-        return (above is None or (above[0] != attempt and at <= above[1])) and (below is None or below[1] <= at)
+        lowest: int | None = self._connection.scalar(statements.lowest_attempt(), {"task_id": task_id, "least": least})
+        return lowest
 
     def _store(self) -> None:
         """Write what has changed.
@@ -191,7 +181,7 @@ class _Writing:
 
     def _forget_some(self, events: Sequence[Event]) -> None:
         """Keep the cache within its bounds: the last tasks, and the last runs of each."""
-        share = max(_BEHIND, _CACHED // (len(self._timelines) + 1))
+        share = max(_BEHIND, _CACHED // 2 // (len(self._timelines) + 1))
         for task_id in {event.task_id for event in events}.intersection(self._timelines):
             self._timelines.move_to_end(task_id)
             if len(self._timelines[task_id]) > 2 * share:
@@ -200,6 +190,26 @@ class _Writing:
         while size > _CACHED:
             _, timeline = self._timelines.popitem(last=False)
             size -= len(timeline) + 1
+
+
+def _entry(row: Row[Any]) -> Entry:
+    """Return what a row of ``statements.COLUMNS`` holds; it is the table's, so there is nothing to check."""
+    values: tuple[Any, ...] = tuple(row)
+    _, attempt, phase, started_at, finished_at, error, exit_code, recovered, start_inferred, *others = values
+    _, submission, source_attempt, _ = others
+    return Entry(
+        attempt,
+        phase,
+        started_at,
+        finished_at,
+        error,
+        exit_code,
+        recovered,
+        start_inferred,
+        submission,
+        source_attempt,
+        (phase, recovered),
+    )
 
 
 def _amendment(task_id: str, entry: Entry) -> dict[str, Any]:

@@ -7,15 +7,19 @@ history is the same whatever the order in which the events of a run arrive. Plai
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Protocol
 
 from taskruns.events import Event, Role
-from taskruns.model import MAX_ATTEMPT, RANK, Outcome, TaskPhase, TaskRun
+from taskruns.model import MAX_ATTEMPT, RANK, Outcome, TaskPhase
 
 NOT_OBSERVED = "run outcome not observed (a later attempt started first)"
 """The error of a run whose supervisor has started the task again without telling how it ended."""
+
+
+_SOON = timedelta(seconds=1)
+"""Within this a supervisor tells what it makes of the end of an attempt; Taskvisor does so at once."""
 
 
 class Effect(StrEnum):
@@ -61,23 +65,6 @@ class Entry:
     """The phase, and whether it was recovered, of the stored run; None of a new one."""
     is_changed: bool = False
 
-    @classmethod
-    def of(cls, run: TaskRun) -> "Entry":
-        """Return a stored run as an entry."""
-        return cls(
-            run.attempt,
-            run.phase,
-            run.started_at,
-            run.finished_at,
-            run.error,
-            run.exit_code,
-            run.recovered,
-            run.start_inferred,
-            run.submission,
-            run.source_attempt,
-            (run.phase, run.recovered),
-        )
-
     @property
     def place(self) -> tuple[datetime, int]:
         """Its place among the others; attempts that start at the same moment are in the order of their numbers."""
@@ -99,11 +86,8 @@ class Kept(Protocol):
     def latest_of_submission(self, task_id: str, submission: str, at: datetime) -> Entry | None:
         """Return the source's latest run of a submission that started at ``at`` or before."""
 
-    def oldest(self, task_id: str) -> tuple[int, datetime]:
-        """Return the lowest number, and when that run started."""
-
-    def is_in_order(self, task_id: str, attempt: int, at: datetime) -> bool:
-        """Whether no run has this number, and those around it started in the order of the numbers."""
+    def lowest(self, task_id: str, least: int = 1) -> int | None:
+        """Return the lowest number from ``least`` on."""
 
 
 def _place(entry: Entry) -> tuple[datetime, int]:
@@ -161,14 +145,13 @@ class Timeline:
         entry = self._at(event)
         if entry is not None and entry.is_attempt(event.attempt):
             return self._apply_end(entry, event)
-        if event.attempt is None:
+        if event.attempt is None or event.role is Role.REMARK:
             return Effect.UNMATCHED
         return self._create_closed(event)
 
     def _apply_start(self, event: Event) -> Effect:
         at, number, submission = event.at, event.attempt, event.submission
-        entries = self._entries
-        place = bisect_right(entries, at, key=_start)
+        place = self._place_after(at)
         for entry in self._before(place, submission):
             if entry.started_at != at:
                 break
@@ -185,16 +168,15 @@ class Timeline:
         """Take the true start of a run of which the end came first."""
         if not entry.start_inferred:
             return Effect.REPEATED
-        before, entry.started_at, entry.start_inferred = entry.started_at, at, False
-        self._entries.remove(entry)
-        self._insert(entry, moved_from=before)
+        entry.start_inferred = False
+        self._move(entry, at)
         return Effect.AMENDED
 
     def _apply_end(self, entry: Entry, event: Event) -> Effect:
         outcome = event.outcome(entry.source_attempt)
         if entry.finished_at is None:
             return self._close(entry, outcome)
-        if event.role is Role.CLOSING:
+        if event.role in (Role.CLOSING, Role.REMARK):
             return self._close(entry, outcome) if entry.recovered else Effect.REPEATED
         stored = Outcome(entry.phase, entry.error, entry.exit_code, entry.finished_at)
         if stored == outcome and not entry.recovered:
@@ -208,7 +190,7 @@ class Timeline:
 
     def _merge(self, entry: Entry, stored: Outcome, told: Outcome, role: Role) -> Effect:
         """Make one outcome of two that are told of a run, as if they had come in the order of their times."""
-        are_of_a_kind = told.phase is stored.phase or (told.phase in RANK and stored.phase in RANK)
+        are_of_a_kind = _may_be_of_one_end(told.phase, stored.phase)
         is_earlier, is_end = told.finished_at < stored.finished_at, role is Role.END
         if not (are_of_a_kind or (is_earlier and is_end)):
             return Effect.CONTRADICTED
@@ -222,11 +204,15 @@ class Timeline:
         return Effect.AMENDED
 
     def _create_closed(self, event: Event) -> Effect:
-        """Create the run of which only the end is told."""
+        """Create the run of which only the end is told, unless all that was told so far is the verdict on this end."""
+        following = next(self._after(self._place_after(event.at), event.submission), None)
+        if following is not None and event.role is Role.END and _is_verdict_on(following, event):
+            self._move(following, event.began_at)
+            return self._apply_end(following, event)
         return self._create(event, event.began_at, event.outcome(None))
 
     def _create(self, event: Event, at: datetime, outcome: Outcome | None) -> Effect:
-        number = self._number(event.task_id, event.attempt, at)
+        number = self._number(event, at)
         if number is None:
             return Effect.PRUNED
         if number > MAX_ATTEMPT:
@@ -253,30 +239,35 @@ class Timeline:
         self._insert(entry)
         return Effect.OPENED if outcome is None else Effect.CLOSED
 
-    def _number(self, task_id: str, wanted: int | None, at: datetime) -> int | None:
+    def _number(self, event: Event, at: datetime) -> int | None:
         """Return the number of a new run; None if it can only be one that has been pruned.
 
-        It is the supervisor's own where that is greater than all others, or fits between two of the task's by time
-        too; else the next. For a start before the oldest kept run only a lower number is in order.
+        It is the supervisor's own where that is free and greater than the task's last, else the next. A run before the
+        oldest kept one gets its own number if that is free and lower. Otherwise it counts as pruned; but where there
+        is number 1 nothing has been, and a submission that overlaps the oldest run may just be told late.
         """
-        is_late = bool(self._entries) and at < self._entries[-1].started_at
-        is_first = self._since is None and (not self._entries or at < self._entries[0].started_at)
-        if is_first and self.last:
-            lowest, oldest = self._kept.oldest(task_id)
-            if at < oldest:
-                if wanted is not None and wanted < lowest:
-                    return wanted
-                if lowest > 1:  # else none can have been pruned: this source just tells of earlier times
-                    return None
-        if wanted is not None and (wanted > self.last or (is_late and self._kept.is_in_order(task_id, wanted, at))):
-            return wanted
-        return self.last + 1
+        wanted = event.attempt
+        oldest = self._entries[0] if self._entries and self._since is None else None
+        if oldest is not None and at < oldest.started_at:
+            if wanted is not None and wanted < oldest.attempt and self._kept.lowest(event.task_id, wanted) != wanted:
+                return wanted
+            if event.submission is None or self._kept.lowest(event.task_id) != 1:
+                return None
+        return wanted if wanted is not None and wanted > self.last else self.last + 1
+
+    def _move(self, entry: Entry, at: datetime) -> None:
+        """Give a run another start."""
+        self._entries.remove(entry)
+        before, entry.started_at = entry.started_at, at
+        self._insert(entry, moved_from=before)
 
     def _insert(self, entry: Entry, moved_from: datetime | None = None) -> None:
         """Put an entry in its place. A later attempt of a stream ends the earlier ones that are still active."""
         self._change(entry)
-        place = bisect_right(self._entries, entry.place, key=_place)
-        self._entries.insert(place, entry)
+        entries = self._entries
+        is_last = not entries or entries[-1].started_at < entry.started_at  # nearly always
+        place = len(entries) if is_last else bisect_right(entries, entry.place, key=_place)
+        entries.insert(place, entry)
         for active in list(self._active):
             if active is not entry and _matches(active, entry.submission) and active.place < entry.place:
                 self._lose(active, entry.started_at)
@@ -317,7 +308,7 @@ class Timeline:
         """Return the run with the greatest start up to an event; of several, the one with its number."""
         at, submission = event.at, event.submission
         latest: Entry | None = None
-        for entry in self._before(bisect_right(self._entries, at, key=_start), submission):
+        for entry in self._before(self._place_after(at), submission):
             if latest is not None and entry.started_at != latest.started_at:
                 break
             if entry.is_attempt(event.attempt):
@@ -331,6 +322,13 @@ class Timeline:
             if latest is not None:
                 self._elsewhere.append(latest)
         return latest
+
+    def _place_after(self, at: datetime) -> int:
+        """Return the place behind all entries that started up to a moment."""
+        entries = self._entries
+        if not entries or entries[-1].started_at <= at:  # nearly always
+            return len(entries)
+        return bisect_right(entries, at, key=_start)
 
     def _before(self, place: int, submission: str | None) -> Iterator[Entry]:
         """Yield the entries of a stream before a place, the nearest first."""
@@ -349,6 +347,17 @@ class Timeline:
 
 def _matches(entry: Entry, submission: str | None) -> bool:
     return submission is None or entry.submission == submission
+
+
+def _may_be_of_one_end(one: TaskPhase, other: TaskPhase) -> bool:
+    return one is other or (one in RANK and other in RANK)
+
+
+def _is_verdict_on(entry: Entry, event: Event) -> bool:
+    """Whether all that is known of a run is what its supervisor made of the end that an event tells."""
+    is_bare = entry.start_inferred and entry.started_at == entry.finished_at
+    is_soon = entry.started_at - event.at <= _SOON and entry.source_attempt == event.attempt
+    return is_bare and is_soon and _may_be_of_one_end(event.outcome(None).phase, entry.phase)
 
 
 def _is_of_another_attempt(event: Event, outcome: Outcome, stored: Outcome) -> bool:

@@ -9,14 +9,11 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from taskruns import engine, statements
 from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
-from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_attempt, checked_name
+from taskruns.model import MAX_ATTEMPT, RANK, Outcome, TaskRun, checked_attempt, checked_name
 from taskruns.retrying import is_conflict
 
 _TRIES = 50
 """How often a number is asked for anew when writers that hold no lock keep taking it."""
-
-_RANK = {TaskPhase.FAILED: 1, TaskPhase.EXHAUSTED: 2, TaskPhase.TIMEOUT: 3}
-"""Which outcome may replace which: the higher says more about the same end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +149,7 @@ def close(connection: Connection, task_id: str, attempt: int, outcome: Outcome) 
             return stored
         if stored.is_active or stored.recovered:
             continue  # since just now
-        rank, stored_rank = _RANK.get(outcome.phase, 0), _RANK.get(stored.phase, 0)
+        rank, stored_rank = RANK.get(outcome.phase, 0), RANK.get(stored.phase, 0)
         if 0 < rank < stored_rank:
             return stored
         if not 0 < stored_rank < rank:

@@ -77,10 +77,10 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
         return 141
     except Exception as error:
-        advice = _advice(error)
-        if advice is None:
+        line = advice(error)
+        if line is None:
             raise
-        complain(advice)
+        complain(line)
         return 2
     return int(status or 0)
 
@@ -99,7 +99,7 @@ def complain(line: str) -> None:
     click.echo(f"taskruns: {line}", err=True)
 
 
-def _advice(error: Exception) -> str | None:
+def advice(error: Exception) -> str | None:
     """Return the line that tells what is wrong; None if it is a fault of this program."""
     from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415  (known by now, if it is such an error)
 

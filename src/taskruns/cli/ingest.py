@@ -30,7 +30,7 @@ _CHUNK = 64 * 1024
 _CHUNKS = 64
 """Chunks that are read ahead of what is written."""
 
-_LINES, _BYTES = 1000, 4 * 1024 * 1024
+_LINES, _BYTES = 4000, 4 * 1024 * 1024
 """Most lines, and roughly most bytes, that become one transaction."""
 
 _GRACE = 10.0
@@ -49,6 +49,9 @@ _MEANINGS = {
     Effect.NONE: "concern no run",
     Effect.UNKNOWN: "are of an unknown kind",
 }
+
+
+_JSON = json.JSONDecoder()
 
 
 class _StoppedError(Exception):
@@ -246,13 +249,16 @@ def _parse(line: bytes) -> Event:
     if len(line) > MAX_LINE:
         raise ValueError(f"it is longer than {MAX_LINE} bytes")
     try:
-        wire = json.loads(line.decode())
+        text = line.decode().strip()
+        wire, end = _JSON.raw_decode(text)  # json.loads takes twice as long
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error.msg} (column {error.colno})") from None
+    if end != len(text):
+        raise ValueError(f"it is not JSON: more follows (column {end + 1})")
     return Event.from_wire(wire)
 
 
