@@ -8,7 +8,6 @@ import pty
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from hypothesis import given, strategies as st
 from servers import KINDS, Databases, available
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory
-from taskruns.cli import transfer
+from taskruns.cli import loading, transfer
 from taskruns.model import MAX_ATTEMPT, MAX_TOLD_ATTEMPT, clean_error
 
 FROM = datetime(2026, 3, 1, 2, 15, 0, 123456, tzinfo=UTC)
@@ -221,11 +220,11 @@ def test_what_is_not_the_same_is_rejected_and_kept_as_it_is(
     answer = shell("import", "--db", database, "--rejects", str(rejects), str(file))
     assert answer.status == 1
     assert answer.err.splitlines() == [
-        "taskruns: line 8: not JSON: Expecting value at character 1",
         "taskruns: line 3: attempt 2 of task 'a' exists already, and is not the same",
+        "taskruns: line 8: not JSON: Expecting value at character 1",
         "taskruns: 3 runs added, 1 was there already, 2 lines rejected",
     ]
-    assert rejects.read_bytes().decode() == f"nonsense\n{other}\r\n"
+    assert rejects.read_bytes().decode() == f"{other}\r\nnonsense\n"
     assert stat.S_IMODE(rejects.stat().st_mode) == 0o600
     assert stored(database) == runs
 
@@ -416,7 +415,54 @@ def test_stopped_on_the_way(home: Home, sqlite: str, number: int, status: int) -
     _, complaints = process.communicate()
     assert process.returncode == status
     assert b"Traceback" not in complaints  # type: ignore[operator]
-    assert len(stored(sqlite)) % 1000 == 0
+    assert len(stored(sqlite)) % transfer._CHUNK == 0
+
+
+def test_processes_share_the_work(
+    shell: Shell, database: str, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_CHUNK", 50)
+    monkeypatch.setattr(loading, "_processes", lambda _url: 3)
+    runs = runs_of("a", 1000)
+    other = replace(runs[700], exit_code=3)
+    file.write_text(wire_lines([*runs, other, *runs[::-1]]) + "nonsense")
+    rejects = tmp_path / "rejects"
+    answer = shell("import", "--db", database, str(file), "--rejects", str(rejects))
+    assert answer.err.splitlines()[-1] == "taskruns: 1000 runs added, 1000 were there already, 2 lines rejected"
+    assert sorted(answer.err.splitlines()[:-1]) == [
+        "taskruns: line 1001: attempt 701 of task 'a' exists already, and is not the same",
+        "taskruns: line 2002: not JSON: Expecting value at character 1",
+    ]
+    assert sorted(rejects.read_text().splitlines()) == sorted(["nonsense", wire_lines([other]).strip()])
+    assert stored(database) == runs
+
+
+def test_an_error_in_a_process_is_told_in_a_line(
+    shell: Shell, databases: Databases, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_CHUNK", 50)
+    monkeypatch.setattr(loading, "_processes", lambda _url: 2)
+    url = databases.empty(available("postgresql", databases))
+    with TaskRunHistory.connect(url) as history:
+        history.upgrade()
+        with history.begin() as repository:
+            repository._connection.exec_driver_sql("ALTER TABLE task_runs ADD CHECK (attempt < 500)")
+    file.write_text(wire_lines(runs_of("a", 1000)))
+    answer = shell("import", "--db", url, str(file))
+    assert answer.status == 2
+    summary, complaint = answer.err.splitlines()
+    assert summary.endswith("runs added")
+    assert complaint.startswith("taskruns: the database cannot be used: ")
+
+
+def test_a_process_that_dies_is_noticed(shell: Shell, sqlite: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_CHUNK", 50)
+    monkeypatch.setattr(loading, "_processes", lambda _url: 2)
+    monkeypatch.setattr(loading, "_work", os._exit)
+    file.write_text(wire_lines(runs_of("a", 1000)))
+    answer = shell("import", "--db", sqlite, str(file))
+    assert answer.status == 2
+    assert answer.err.splitlines()[-1] == "taskruns: a process that stores runs has ended unexpectedly"
 
 
 names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=30).filter(
@@ -451,7 +497,7 @@ def any_run(draw: Any) -> TaskRun:
 def test_any_run_comes_back_from_its_line(run: TaskRun) -> None:
     line = transfer._json_line(run).encode()
     assert line.count(b"\n") == 1
-    assert transfer._run_of(line) == run
+    assert loading.run_of(line) == run
 
 
 @given(any_run())
@@ -479,15 +525,29 @@ def million() -> Iterator[TaskRun]:
         )
 
 
+def memory(pid: int) -> float:
+    """The memory of a process and its children in MB, what they share counted once."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        own = Path(f"/proc/{pid}/smaps_rollup").read_text().partition("Pss:")[2].split()[0]
+    except OSError:
+        return 0
+    return int(own) / 1024 + sum(memory(int(child)) for child in children)
+
+
 def measured(*arguments: str) -> str:
-    """Run a command and return its seconds and the most memory it had."""
+    """Run a command and return its seconds and the most memory it had, after a quarter of them and in all."""
     begun = time.monotonic()
-    pid = os.posix_spawn(Home.program, [Home.program, *arguments], dict(os.environ))
-    _, status, usage = os.wait4(pid, 0)
-    assert status == 0
-    memory = usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-    assert memory < 200
-    return f"{time.monotonic() - begun:.1f} s, {memory:.0f} MB"
+    process = subprocess.Popen([Home.program, *arguments])
+    seen = []
+    while process.poll() is None:
+        seen.append(memory(process.pid))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    early, most = max(seen[: len(seen) // 4]), max(seen)
+    assert most < 300
+    assert most < 1.5 * early
+    return f"{time.monotonic() - begun:.1f} s, {early:.0f} MB in its first quarter, {most:.0f} MB at most"
 
 
 @pytest.mark.soak

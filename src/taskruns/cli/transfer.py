@@ -6,7 +6,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -16,20 +16,21 @@ import click
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.lines import MAX_LINE, Rejects
+from taskruns.cli.loading import Chunk, Loaded, load_all
 from taskruns.cli.output import printable
 from taskruns.cli.task_id import TaskId
 from taskruns.history import TaskRunHistory
-from taskruns.model import MAX_TOLD_ATTEMPT, TaskRun
+from taskruns.model import TaskRun
 
 _AT_ONCE = 500
 """Runs that are written at a time."""
 
-_CHUNK = 10_000
+_CHUNK = 5_000
 """Runs that are added by one transaction, unless they are long."""
 
 _CHUNK_BYTES = 8 * 1024 * 1024
 
-_CACHE_SIZE = "64"
+_CACHE_SIZE = "32"
 """MiB of an SQLite database that are kept in memory: the order of the runs is not that of every index."""
 
 _CSV = (
@@ -135,7 +136,7 @@ def import_command(file: str, rejects: Path | None) -> int:
     """Add the runs in FILE, or from standard input (-): JSON lines, as `taskruns export` writes them.
 
     A run that is there already is skipped; if it is not the same, or a line is no run, the line is rejected, and the
-    exit status is 1. Stopped on its way, it may be started again.
+    exit status is 1. Of different lines for one run, one is kept. Stopped on its way, it may be started again.
     """
     found = database()
     url = found.url
@@ -147,11 +148,14 @@ def import_command(file: str, rejects: Path | None) -> int:
             history = opened.enter_context(TaskRunHistory.connect(url))
             history.prepare()
         kept = opened.enter_context(Rejects(rejects))
-        importing = _Import(history, kept)
-        opened.callback(importing.report)
+        done = _Done(kept)
+        opened.callback(done.report)
         status = os.fstat(source.fileno())
-        with _progress(status.st_size if stat.S_ISREG(status.st_mode) else None) as advance:
-            importing.run(source, advance)
+        advance = opened.enter_context(_progress(status.st_size if stat.S_ISREG(status.st_mode) else None))
+        loading = opened.enter_context(closing(load_all(history, url, _chunks(source, kept))))
+        for chunk, loaded in loading:
+            done.take(chunk, loaded)
+            advance(len(chunk.lines), chunk.size)
     return 1 if kept.count else 0
 
 
@@ -170,56 +174,36 @@ def _source(file: str) -> Iterator[BinaryIO]:
         yield source
 
 
-class _Import:
-    """Runs on their way from lines to a database, and what became of them."""
+def _chunks(source: BinaryIO, rejects: Rejects) -> Iterator[Chunk]:
+    """Yield the lines that are to be loaded."""
+    lines: list[tuple[int, bytes]] = []
+    number = size = 0
+    while line := source.readline(MAX_LINE):
+        number += 1
+        size += len(line)
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            rejects.reject(number, line, f"longer than {MAX_LINE >> 20} MiB", _rest_of_line(source))
+        elif not line.isspace():
+            lines.append((number, line))
+        if len(lines) == _CHUNK or size > _CHUNK_BYTES:
+            yield Chunk(lines, size)
+            lines, size = [], 0
+    yield Chunk(lines, size)
 
-    def __init__(self, history: TaskRunHistory, rejects: Rejects) -> None:
-        self._history = history
+
+class _Done:
+    """What became of the lines so far."""
+
+    def __init__(self, rejects: Rejects) -> None:
         self._rejects = rejects
         self._added = self._equal = 0
-        self._runs: list[TaskRun] = []
-        self._lines: list[tuple[int, bytes]] = []
 
-    def run(self, source: BinaryIO, advance: Advance) -> None:
-        """Read all lines and add their runs, some at a time."""
-        number = size = 0
-        while line := source.readline(MAX_LINE):
-            number += 1
-            size += len(line)
-            if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                self._rejects.reject(number, line, f"longer than {MAX_LINE >> 20} MiB", _rest_of_line(source))
-            elif not line.isspace():
-                self._take(number, line)
-            if len(self._runs) == _CHUNK or size > _CHUNK_BYTES:
-                advance(self._add(), size)
-                size = 0
-        advance(self._add(), size)
-
-    def _take(self, number: int, line: bytes) -> None:
-        try:
-            run = _run_of(line)
-        except (ValueError, TypeError) as error:
-            self._rejects.reject(number, line, str(error))
-        except RecursionError:
-            self._rejects.reject(number, line, "not JSON: nested too deeply")
-        else:
-            self._runs.append(run)
-            self._lines.append((number, line))
-
-    def _add(self) -> int:
-        """Add the runs that wait, and return how many were stored."""
-        outcome = self._history.add_runs(self._runs)
-        self._added += outcome.added
-        self._equal += outcome.equal
-        if outcome.conflicts:
-            lines = {id(run): line for run, line in zip(self._runs, self._lines, strict=True)}
-            for run in outcome.conflicts:
-                reason = f"attempt {run.attempt} of task {run.task_id!r} exists already, and is not the same"
-                self._rejects.reject(*lines[id(run)], reason)
-        done = len(self._runs)
-        self._runs.clear()
-        self._lines.clear()
-        return done
+    def take(self, chunk: Chunk, loaded: Loaded) -> None:
+        """Count what was loaded, and reject what was not."""
+        self._added += loaded.added
+        self._equal += loaded.equal
+        for place, reason in loaded.rejected:
+            self._rejects.reject(*chunk.lines[place], reason)
 
     def report(self) -> None:
         """Say what became of the lines."""
@@ -240,25 +224,6 @@ def _rest_of_line(source: BinaryIO) -> Iterator[bytes]:
         yield piece
         if piece.endswith(b"\n"):
             return
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"not JSON: {constant}")
-
-
-_decode = json.JSONDecoder(parse_constant=_refuse).decode
-
-
-def _run_of(line: bytes) -> TaskRun:
-    try:
-        run = TaskRun.from_wire(_decode(line.decode()))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
-    if run.attempt > MAX_TOLD_ATTEMPT:
-        raise ValueError(f"attempt must be at most {MAX_TOLD_ATTEMPT}, not {run.attempt}")
-    return run
 
 
 @contextmanager

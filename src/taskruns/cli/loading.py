@@ -1,0 +1,187 @@
+"""Lines of runs on their way into a database: checked and stored a chunk at a time, in several processes if many."""
+
+import json
+import os
+import signal
+import traceback
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from typing import Any
+
+import click
+from sqlalchemy import URL
+
+from taskruns.cli import advice
+from taskruns.history import TaskRunHistory
+from taskruns.model import MAX_TOLD_ATTEMPT, TaskRun
+from taskruns.url import is_file
+
+MOST_PROCESSES = 4
+
+_ENDED = "a process that stores runs has ended unexpectedly"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some lines of a file."""
+
+    lines: list[tuple[int, bytes]]
+    """Each with its number."""
+    size: int
+    """Bytes that were read for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of a chunk."""
+
+    added: int
+    equal: int
+    rejected: list[tuple[int, str]]
+    """Which of its lines, counted from 0, and why."""
+
+
+def load(history: TaskRunHistory, chunk: Chunk, lock: AbstractContextManager[Any] | None = None) -> Loaded:
+    """Store the runs of a chunk in one transaction."""
+    runs: list[TaskRun] = []
+    places: list[int] = []
+    rejected = []
+    for place, (_, line) in enumerate(chunk.lines):
+        try:
+            run = run_of(line)
+        except (ValueError, TypeError) as error:
+            rejected.append((place, str(error)))
+        except RecursionError:
+            rejected.append((place, "not JSON: nested too deeply"))
+        else:
+            runs.append(run)
+            places.append(place)
+    with lock or nullcontext():
+        outcome = history.add_runs(runs)
+    if outcome.conflicts:
+        place_of = {id(run): place for run, place in zip(runs, places, strict=True)}
+        for run in outcome.conflicts:
+            reason = f"attempt {run.attempt} of task {run.task_id!r} exists already, and is not the same"
+            rejected.append((place_of[id(run)], reason))
+    return Loaded(outcome.added, outcome.equal, sorted(rejected))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"not JSON: {constant}")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).decode
+
+
+def run_of(line: bytes) -> TaskRun:
+    """Return the run that a line holds.
+
+    Raises:
+        ValueError: it is not JSON, or not that of a run.
+        TypeError: a value has the wrong type.
+        RecursionError: it is nested too deeply.
+    """
+    try:
+        run = TaskRun.from_wire(_decode(line.decode()))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    if run.attempt > MAX_TOLD_ATTEMPT:
+        raise ValueError(f"attempt must be at most {MAX_TOLD_ATTEMPT}, not {run.attempt}")
+    return run
+
+
+def load_all(history: TaskRunHistory, url: URL, chunks: Iterable[Chunk]) -> Generator[tuple[Chunk, Loaded]]:
+    """Store the runs of all chunks; yield each chunk when it is done, not always in their order.
+
+    More than one chunk is shared out between processes, as checking takes longer than storing.
+
+    Raises:
+        ClickException: the database cannot be used.
+    """
+    chunks = iter(chunks)
+    first = list(islice(chunks, 2))
+    chunks = chain(first, chunks)
+    count = _processes(url)
+    if len(first) == 1 or count == 1:
+        for chunk in chunks:
+            yield chunk, load(history, chunk)
+        return
+    context = get_context("spawn")  # a forked process would hold the connections of the others open
+    lock = context.Lock() if url.get_backend_name() == "sqlite" else None  # SQLite's own waiting is less exact
+    with ExitStack() as workers:
+        idle = [_start(context, workers, url, lock) for _ in range(count)]
+        busy: dict[Any, Chunk] = {}
+        for chunk in chunks:
+            if not idle:
+                for worker in wait(list(busy)):
+                    yield busy.pop(worker), _answer(worker)
+                    idle.append(worker)
+            worker = idle.pop()
+            _send(worker, chunk)
+            busy[worker] = chunk
+        while busy:
+            for worker in wait(list(busy)):
+                yield busy.pop(worker), _answer(worker)
+
+
+def _processes(url: URL) -> int:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if url.get_backend_name() == "sqlite":
+        return min(2, processors) if is_file(url) else 1  # one stores while another checks
+    return min(MOST_PROCESSES, processors)
+
+
+def _start(context: Any, workers: ExitStack, url: URL, lock: Any) -> Any:
+    """Start a process, which ends when ``workers`` is closed, and return the connection to it."""
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, url, lock), daemon=True)
+    process.start()
+    theirs.close()
+    workers.callback(process.join)
+    workers.callback(process.terminate)
+    return workers.enter_context(ours)
+
+
+def _send(worker: Any, chunk: Chunk) -> None:
+    try:
+        worker.send(chunk)
+    except OSError:
+        raise click.ClickException(_ENDED) from None
+
+
+def _answer(worker: Any) -> Loaded:
+    try:
+        answer = worker.recv()
+    except (EOFError, OSError):
+        raise click.ClickException(_ENDED) from None
+    if isinstance(answer, Exception):
+        raise answer
+    assert isinstance(answer, Loaded)  # noqa: S101  (for mypy)
+    return answer
+
+
+def _work(connection: Any, url: URL, lock: Any) -> None:
+    """Store chunks until the other end is closed, also by the end of its process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and the first process tells the others
+    with TaskRunHistory.connect(url) as history:
+        while True:
+            try:
+                chunk = connection.recv()
+            except (EOFError, OSError):
+                return
+            answer: Loaded | Exception
+            try:
+                answer = load(history, chunk, lock)
+            except Exception as error:  # noqa: BLE001  (raised again at the other end)
+                line = advice(error)
+                answer = RuntimeError(traceback.format_exc()) if line is None else click.ClickException(line)
+            try:
+                connection.send(answer)
+            except OSError:
+                return
