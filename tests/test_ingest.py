@@ -539,10 +539,12 @@ def test_twenty_kills_in_100000_events(
     chance = random.Random(20)
     seen, begun = [], time.monotonic()
     for _ in range(20):
-        acks = tmp_path / "acks"
-        with acks.open("wb") as file:
-            process = home.start("ingest", "--ack", "--db", database, path, stdout=file, stderr=subprocess.DEVNULL)
-        wait_for(lambda acks=acks: acks.stat().st_size > 0, "nothing is acknowledged")  # type: ignore[misc]
+        acks, errors = tmp_path / "acks", tmp_path / "errors"
+        with acks.open("wb") as file, errors.open("wb") as complaints:
+            process = home.start("ingest", "--ack", "--db", database, path, stdout=file, stderr=complaints)
+        while not acks.stat().st_size:
+            assert process.poll() is None, errors.read_text()
+            time.sleep(0.01)
         time.sleep(chance.random() * 4)
         process.kill()
         process.wait()

@@ -260,7 +260,7 @@ def _milliseconds(value: Any, what: str) -> int | float:
 
 def _submission(value: Any) -> str:
     # Taskvisor's own is a number.
-    return checked_name(str(value) if type(value) is int else value, "id")
+    return checked_name(str(value) if type(value) is int else value, "submission")
 
 
 def _duration(value: Any, end: datetime) -> timedelta:

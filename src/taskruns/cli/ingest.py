@@ -33,8 +33,11 @@ _CHUNKS = 64
 _LINES, _BYTES = 4000, 4 * 1024 * 1024
 """Most lines, and roughly most bytes, that become one transaction."""
 
-_GRACE = 10.0
+_GRACE = 5.0
 """Seconds for which a database that cannot be used is tried again after the signal to stop."""
+
+_LOCK_TIMEOUT = 2.0
+"""Seconds to wait for another writer of an SQLite file; it is tried again, but then the user and a signal are heard."""
 
 _SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
@@ -62,10 +65,14 @@ class _Input:
     """Reads lines in a thread of its own, so that a pause is seen, and a signal heard, at once."""
 
     def __init__(self, path: str) -> None:
+        if path == "-" and sys.stdin is None:  # closed, by `<&-`
+            raise click.ClickException("standard input is closed")
         self._path = path
-        self._queue: SimpleQueue[bytes | BaseException | None] = SimpleQueue()
+        # Lines; a piece of a line that is too long, and whether it is the last one; an error; the end.
+        self._queue: SimpleQueue[bytes | tuple[bytes, bool] | BaseException | None] = SimpleQueue()
         self._room = threading.Semaphore(_CHUNKS)
         self._incomplete = b""
+        self._has_more = False
         self.stopped_at: float | None = None
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -78,15 +85,41 @@ class _Input:
     def _read(self) -> None:
         try:
             file = sys.stdin.fileno() if self._path == "-" else os.open(self._path, os.O_RDONLY)
+            is_long = False
             while chunk := os.read(file, _CHUNK):
-                lines, newline, self._incomplete = (self._incomplete + chunk).rpartition(b"\n")
-                self._incomplete = self._incomplete[: MAX_LINE + 1]  # enough to see that it is too long
+                data = self._incomplete + chunk
+                if is_long:
+                    piece, newline, data = data.partition(b"\n")
+                    is_long = not newline
+                    self._put((piece, not is_long))
+                lines, newline, data = data.rpartition(b"\n")
                 if newline:
-                    self._room.acquire()
-                    self._queue.put(lines)
-        except Exception as error:  # noqa: BLE001  (for the main thread)
-            self._queue.put(error)
+                    self._put(lines)
+                if len(data) > MAX_LINE:
+                    self._put((data, False))
+                    is_long, data = True, b""
+                self._incomplete = data
+            if is_long:
+                self._put((b"", True))
+        except OSError as error:
+            self._queue.put(click.ClickException(f"{self._path} cannot be read: {error.strerror}"))
         self._queue.put(None)
+
+    def _put(self, item: bytes | tuple[bytes, bool]) -> None:
+        self._room.acquire()
+        self._queue.put(item)
+
+    def rest(self) -> Iterator[bytes]:
+        """Yield what follows of the line that was yielded last, where it is too long to be read as one."""
+        while self._has_more:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if not isinstance(item, tuple):
+                return  # stopped on the way
+            self._room.release()
+            self._has_more = not item[1]
+            yield item[0]
 
     def __iter__(self) -> Iterator[bytes | None]:
         """Yield the lines, and None where the input pauses."""
@@ -101,7 +134,13 @@ class _Input:
             if isinstance(item, BaseException):
                 raise item
             self._room.release()
-            yield from item.split(b"\n")
+            if isinstance(item, tuple):
+                self._has_more = not item[1]
+                yield item[0]
+                if self._has_more:
+                    return
+            else:
+                yield from item.split(b"\n")
         # What no line end follows is a line at the end of the input. At a signal it may be the beginning of one.
         if self._incomplete and (self.stopped_at is None or _is_event(self._incomplete)):
             yield self._incomplete
@@ -135,20 +174,26 @@ def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | Non
     for number in _SIGNALS:
         signal.signal(number, lines.stop)
     patience = _Patience(lines)
-    connected = TaskRunHistory.connect(chosen.url, retry_for=math.inf, on_retry=patience.note)
+    connected = TaskRunHistory.connect(
+        chosen.url, lock_timeout=_LOCK_TIMEOUT, retry_for=math.inf, on_retry=patience.note
+    )
     with connected as history, Rejects(rejects) as kept:
         ingestion = _Ingestion(EventRecorder(history, source=source), kept, is_acknowledged=ack)
         try:
             for line in lines:
                 if line is not None:
-                    ingestion.take(line)
+                    ingestion.take(line, lines)
                 if line is None or ingestion.is_full:
                     ingestion.write()
                     patience.renew()
             ingestion.write()
         except _StoppedError:
-            complain(f"stopped while the database could not be used: {ingestion.unwritten}")
+            complain(
+                f"the database cannot be used: what was read from line {ingestion.first_unwritten} on is not recorded"
+            )
             return 2
+        except OSError as error:
+            raise click.ClickException(f"{rejects} cannot be written: {error.strerror}") from None
         finally:
             ingestion.summarize()
     return 1 if kept.count else 0
@@ -195,13 +240,12 @@ class _Ingestion:
         return len(self._done) >= _LINES or self._bytes >= _BYTES
 
     @property
-    def unwritten(self) -> str:
-        """The lines that are not written, in words."""
-        first = self._lines[0][0] if self._lines else self._number
-        return f"lines {first} to {self._number} are not recorded"
+    def first_unwritten(self) -> int:
+        """The number of the first line that is not written."""
+        return self._lines[0][0] if self._lines else self._number + 1
 
-    def take(self, line: bytes) -> None:
-        """Take a line that was read."""
+    def take(self, line: bytes, lines: _Input) -> None:
+        """Take a line that was read; of one that is too long, its beginning."""
         self._number += 1
         if self._number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -210,7 +254,7 @@ class _Ingestion:
         try:
             event = _parse(line)
         except (TypeError, ValueError) as error:
-            self._rejects.reject(self._number, line, str(error))
+            self._rejects.reject(self._number, line, str(error), lines.rest())
             self._done.append(self._number)
             return
         self._events.append(event)
@@ -229,7 +273,8 @@ class _Ingestion:
         if self._is_acknowledged and self._done:
             try:
                 click.echo("\n".join(json.dumps({"ack": done}) for done in self._done))
-            except BrokenPipeError:  # nobody listens any more; the history is kept all the same
+            except OSError as error:  # nobody listens any more; the history is kept all the same
+                complain(f"no more is acknowledged: {error.strerror}")
                 self._is_acknowledged = False
         self._lines, self._events, self._bytes, self._done = [], [], 0, []
 
@@ -242,7 +287,7 @@ class _Ingestion:
             facts.append(f"{self._rejects.count} rejected")
         if self._unknown_keys:
             facts.append(f"{self._unknown_keys} unknown keys")
-        complain(f"{self._number} lines: {', '.join(facts) or 'no events'}")
+        complain(f"{self._number} line{'s'[: self._number != 1]}: {', '.join(facts) or 'no events'}")
 
 
 def _parse(line: bytes) -> Event:
