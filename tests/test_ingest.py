@@ -330,6 +330,12 @@ def test_what_cannot_be_used_is_told_at_once(
     assert len([line for line in errors if line.strip()]) == 1
 
 
+def test_closed_standard_input_is_told(home: Home) -> None:
+    done = home.taskruns("ingest", stdin=None, preexec_fn=lambda: os.close(0))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_file_that_is_no_database_is_told(shell: Shell, tmp_path: Path) -> None:
     path = written(tmp_path / "events", encoded(start(0)))
     text = written(tmp_path / "text", b"this is no database, but a text of some length\n" * 50)

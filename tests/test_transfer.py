@@ -9,7 +9,7 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from commands import Home, Shell
 from hypothesis import given, strategies as st
 from servers import KINDS, Databases, available
 
-from taskruns import TaskPhase, TaskRun, TaskRunHistory
+from taskruns import TaskPhase, TaskRun, TaskRunHistory, bulk
 from taskruns.cli import loading, transfer
 from taskruns.model import MAX_ATTEMPT, MAX_TOLD_ATTEMPT, clean_error
 
@@ -497,7 +497,30 @@ def any_run(draw: Any) -> TaskRun:
 def test_any_run_comes_back_from_its_line(run: TaskRun) -> None:
     line = transfer._json_line(run).encode()
     assert line.count(b"\n") == 1
-    assert loading.run_of(line) == run
+    assert loading.row_of_line(line) == bulk.row_of(run)
+    assert TaskRun.from_wire(json.loads(line)) == run
+
+
+VALUES = st.sampled_from(
+    [None, True, False, 0, 1, -1, 2**31, 2**32, 1.0, "", "a", " a", "é", "\ud800", "x" * 256, "http://a:b@c", [], {}]
+    + ["failed", "succeeded", "running", "pending", "2026-03-01T02:15:00Z", "2026-03-01T02:15:00.000001+01:00"]
+    + ["2026-03-01T02:15:00.123456Z", "2026-02-30T02:15:00.123456Z", "2026-03-01t02:15:00.123456z", 1772331300000]
+    + ["２026-03-01T02:15:00.123456Z", "2026-03-01T25:15:00.123456Z", "9999-12-31T23:59:59.999999Z"]
+)
+
+
+@given(any_run(), st.dictionaries(st.sampled_from([*transfer._CSV, "unknown"]), VALUES, max_size=3))
+def test_the_quick_way_reads_what_the_plain_one_does(run: TaskRun, changes: dict[str, Any]) -> None:
+    wire = run.to_wire() | changes
+
+    def outcome(read: Callable[[dict[str, Any]], Any]) -> Any:
+        try:
+            return read(wire)
+        except (ValueError, TypeError) as error:
+            return type(error)
+
+    quick, plain = outcome(bulk.row_from_wire), outcome(lambda wire: bulk.row_of(TaskRun.from_wire(wire)))
+    assert quick == plain or (isinstance(quick, type) and isinstance(plain, type))  # of several faults either is told
 
 
 @given(any_run())

@@ -16,7 +16,7 @@ from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from taskruns import bulk, engine, migrate
-from taskruns.bulk import RunsAdded
+from taskruns.bulk import Row, RowsAdded, RunsAdded
 from taskruns.engine import check_prepared
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
@@ -240,10 +240,14 @@ class AsyncTaskRunHistory:
 
     async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
+        return (await self.add_rows(list(map(bulk.row_of, runs)))).of_runs(runs)
 
-        def add(connection: Connection, _lost: bool) -> RunsAdded:  # noqa: FBT001
+    async def add_rows(self, rows: Sequence[Row]) -> RowsAdded:
+        """Store runs that are rows already, as :func:`taskruns.bulk.row_from_wire` makes them, in one transaction."""
+
+        def add(connection: Connection, _lost: bool) -> RowsAdded:  # noqa: FBT001
             with engine.transaction(connection):
-                return bulk.add_runs(connection, runs)
+                return bulk.add_rows(connection, rows)
 
         return await self._call(add)
 

@@ -95,7 +95,7 @@ class TaskRunRepository:
         Raises:
             ValueError: a run has a name or a number that cannot be stored.
         """
-        return bulk.add_runs(self._connection, runs)
+        return bulk.add_rows(self._connection, list(map(bulk.row_of, runs))).of_runs(runs)
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""

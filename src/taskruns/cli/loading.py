@@ -15,9 +15,10 @@ from typing import Any
 import click
 from sqlalchemy import URL
 
+from taskruns.bulk import Row, row_from_wire
 from taskruns.cli import advice
 from taskruns.history import TaskRunHistory
-from taskruns.model import MAX_TOLD_ATTEMPT, TaskRun
+from taskruns.model import MAX_TOLD_ATTEMPT
 from taskruns.url import is_file
 
 MOST_PROCESSES = 4
@@ -47,26 +48,25 @@ class Loaded:
 
 def load(history: TaskRunHistory, chunk: Chunk, lock: AbstractContextManager[Any] | None = None) -> Loaded:
     """Store the runs of a chunk in one transaction."""
-    runs: list[TaskRun] = []
+    rows: list[Row] = []
     places: list[int] = []
     rejected = []
     for place, (_, line) in enumerate(chunk.lines):
         try:
-            run = run_of(line)
+            row = row_of_line(line)
         except (ValueError, TypeError) as error:
             rejected.append((place, str(error)))
         except RecursionError:
             rejected.append((place, "not JSON: nested too deeply"))
         else:
-            runs.append(run)
+            rows.append(row)
             places.append(place)
     with lock or nullcontext():
-        outcome = history.add_runs(runs)
-    if outcome.conflicts:
-        place_of = {id(run): place for run, place in zip(runs, places, strict=True)}
-        for run in outcome.conflicts:
-            reason = f"attempt {run.attempt} of task {run.task_id!r} exists already, and is not the same"
-            rejected.append((place_of[id(run)], reason))
+        outcome = history.add_rows(rows)
+    for number in outcome.conflicts:
+        task_id, attempt = rows[number][:2]
+        reason = f"attempt {attempt} of task {task_id!r} exists already, and is not the same"
+        rejected.append((places[number], reason))
     return Loaded(outcome.added, outcome.equal, sorted(rejected))
 
 
@@ -77,7 +77,7 @@ def _refuse(constant: str) -> None:
 _decode = json.JSONDecoder(parse_constant=_refuse).decode
 
 
-def run_of(line: bytes) -> TaskRun:
+def row_of_line(line: bytes) -> Row:
     """Return the run that a line holds.
 
     Raises:
@@ -86,14 +86,15 @@ def run_of(line: bytes) -> TaskRun:
         RecursionError: it is nested too deeply.
     """
     try:
-        run = TaskRun.from_wire(_decode(line.decode()))
+        row = row_from_wire(_decode(line.decode()))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
-    if run.attempt > MAX_TOLD_ATTEMPT:
-        raise ValueError(f"attempt must be at most {MAX_TOLD_ATTEMPT}, not {run.attempt}")
-    return run
+    attempt = row[1]
+    if attempt > MAX_TOLD_ATTEMPT:
+        raise ValueError(f"attempt must be at most {MAX_TOLD_ATTEMPT}, not {attempt}")
+    return row
 
 
 def load_all(history: TaskRunHistory, url: URL, chunks: Iterable[Chunk]) -> Generator[tuple[Chunk, Loaded]]:
