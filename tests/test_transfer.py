@@ -501,15 +501,19 @@ def test_any_run_comes_back_from_its_line(run: TaskRun) -> None:
     assert TaskRun.from_wire(json.loads(line)) == run
 
 
-VALUES = st.sampled_from(
-    [None, True, False, 0, 1, -1, 2**31, 2**32, 1.0, "", "a", " a", "é", "\ud800", "x" * 256, "http://a:b@c", [], {}]
-    + ["failed", "succeeded", "running", "pending", "2026-03-01T02:15:00Z", "2026-03-01T02:15:00.000001+01:00"]
-    + ["2026-03-01T02:15:00.123456Z", "2026-02-30T02:15:00.123456Z", "2026-03-01t02:15:00.123456z", 1772331300000]
-    + ["２026-03-01T02:15:00.123456Z", "2026-03-01T25:15:00.123456Z", "9999-12-31T23:59:59.999999Z"]
+TIMES = ["2026-03-01T02:15:00Z", "2026-03-01T02:15:00.000001+01:00", "2026-03-01T02:15:00.123456Z", 1772331300000]
+TIMES += ["2026-02-30T02:15:00.123456Z", "2026-03-01t02:15:00.123456z", "2026-03-01T25:15:00.123456Z"]
+TIMES += ["9999-12-31T23:59:59.999999Z", "\uff12026-03-01T02:15:00.123456Z", "2026-W10-1T02:15:00.123456Z"]
+VALUES = [None, True, False, 0, 1, -1, 2**31, 2**32, 1.0, [], {}, "", "a", " a", "é", "\ud800", "x" * 256]
+PHASES = ["failed", "succeeded", "running", "pending", "Failed"]
+
+
+@given(
+    any_run(),
+    st.dictionaries(
+        st.sampled_from([*transfer._CSV, "unknown"]), st.sampled_from([*TIMES, *VALUES, *PHASES]), max_size=3
+    ),
 )
-
-
-@given(any_run(), st.dictionaries(st.sampled_from([*transfer._CSV, "unknown"]), VALUES, max_size=3))
 def test_the_quick_way_reads_what_the_plain_one_does(run: TaskRun, changes: dict[str, Any]) -> None:
     wire = run.to_wire() | changes
 

@@ -83,16 +83,18 @@ def row_from_wire(wire: Mapping[str, Any]) -> Row:
     if type(wire) is not dict or "recovered" in wire or "startInferred" in wire:
         return row_of(TaskRun.from_wire(wire))
     get = wire.get
-    attempt, phase, started_at, finished_at = get("attempt"), get("phase"), get("startedAt"), get("finishedAt")
+    task_id, attempt = get("taskId"), get("attempt")
+    phase, started_at, finished_at = get("phase"), get("startedAt"), get("finishedAt")
     error, exit_code = get("error"), get("exitCode")
     source, submission, source_attempt = get("source"), get("submission"), get("sourceAttempt")
-    if not (
-        type(phase) is type(started_at) is type(finished_at) is str
-        and phase in _ENDS
-        and (error is None or phase != TaskPhase.SUCCEEDED)
-        and _is_written_so(started_at)
-        and _is_written_so(finished_at)
-        and started_at <= finished_at
+    if (
+        task_id is None
+        or attempt is None
+        or not (type(phase) is type(started_at) is type(finished_at) is str)
+        or phase not in _ENDS
+        or (error is not None and phase == TaskPhase.SUCCEEDED)
+        or not (_is_written_so(started_at) and _is_written_so(finished_at))
+        or started_at > finished_at
     ):
         return row_of(TaskRun.from_wire(wire))
     try:
@@ -101,7 +103,7 @@ def row_from_wire(wire: Mapping[str, Any]) -> Row:
     except ValueError:
         return row_of(TaskRun.from_wire(wire))  # which tells what is wrong
     return (
-        checked_name(get("taskId"), "task id"),
+        checked_name(task_id, "task id"),
         checked_number(attempt, "attempt", 1, MAX_ATTEMPT),
         phase,
         started_at,
@@ -237,7 +239,7 @@ def _insert_rows(connection: Connection, rows: Sequence[Row]) -> None:
 
 
 def _parameters(row: Row) -> dict[str, Any]:
-    parameters = dict(zip(_COLUMNS, row, strict=True))
+    parameters: dict[str, Any] = dict(zip(_COLUMNS, row, strict=True))
     parameters["started_at"] = datetime.fromisoformat(row[3])
     parameters["finished_at"] = None if row[4] is None else datetime.fromisoformat(row[4])
     return parameters
