@@ -184,8 +184,7 @@ class _Writing:
         share = max(_BEHIND, _CACHED // 2 // (len(self._timelines) + 1))
         for task_id in {event.task_id for event in events}.intersection(self._timelines):
             self._timelines.move_to_end(task_id)
-            if len(self._timelines[task_id]) > 2 * share:
-                self._timelines[task_id].trim(share)
+            self._timelines[task_id].trim(share)
         size = sum(len(timeline) + 1 for timeline in self._timelines.values())
         while size > _CACHED:
             _, timeline = self._timelines.popitem(last=False)

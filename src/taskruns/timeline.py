@@ -17,7 +17,6 @@ from taskruns.model import MAX_ATTEMPT, RANK, Outcome, TaskPhase
 NOT_OBSERVED = "run outcome not observed (a later attempt started first)"
 """The error of a run whose supervisor has started the task again without telling how it ended."""
 
-
 _SOON = timedelta(seconds=1)
 """Within this a supervisor tells what it makes of the end of an attempt; Taskvisor does so at once."""
 
@@ -66,9 +65,9 @@ class Entry:
     is_changed: bool = False
 
     @property
-    def place(self) -> tuple[datetime, int]:
+    def place(self) -> tuple[datetime, int, int]:
         """Its place among the others; attempts that start at the same moment are in the order of their numbers."""
-        return self.started_at, self.source_attempt or 0
+        return self.started_at, self.source_attempt or 0, self.attempt
 
     def is_end_of(self, number: int | None, at: datetime) -> bool:
         """Whether this may be the run of an attempt that started at ``at``, of which only the end was told so far."""
@@ -90,7 +89,7 @@ class Kept(Protocol):
         """Return the lowest number from ``least`` on."""
 
 
-def _place(entry: Entry) -> tuple[datetime, int]:
+def _place(entry: Entry) -> tuple[datetime, int, int]:
     return entry.place
 
 
@@ -120,7 +119,7 @@ class Timeline:
         self._entries = sorted(entries, key=_place)
         self._since, self._until = since, until
         self._elsewhere = list(active)
-        self._active = [entry for entry in entries if entry.finished_at is None] + self._elsewhere
+        self._active = [entry for entry in (*self._entries, *self._elsewhere) if entry.finished_at is None]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -130,10 +129,10 @@ class Timeline:
         return (self._since is None or self._since <= at) and (self._until is None or at < self._until)
 
     def trim(self, size: int) -> None:
-        """Forget the runs that started first, all but ``size`` of them and the active ones."""
-        gone = self._entries[:-size]
+        """Forget the runs that started first, but for the active ones, when they are more than twice ``size``."""
+        gone = self._entries[:-size] if len(self._entries) > 2 * size else []
+        self._elsewhere = [entry for entry in (*self._elsewhere, *gone) if entry.finished_at is None]
         if gone:
-            self._elsewhere += [entry for entry in gone if entry.finished_at is None]
             del self._entries[:-size]
             self._since = self._entries[0].started_at
 
