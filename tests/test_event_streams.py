@@ -1,14 +1,14 @@
 """Streams of events written by hand, and the history that each must give: see the directory `data`."""
 
+import asyncio
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from histories import Driven, Histories
 
 from taskruns import EventRecorder, TaskRunHistory
-from taskruns.aio import AsyncEventRecorder
+from taskruns.aio import AsyncEventRecorder, AsyncTaskRunHistory
 
 DATA = Path(__file__).with_name("data")
 STREAMS = [str(path.relative_to(DATA).with_suffix("")) for path in sorted(DATA.glob("*/???.jsonl"))]
@@ -28,15 +28,11 @@ def expected(stream: str) -> list[dict[str, Any]]:
 
 
 def recorder(history: TaskRunHistory) -> EventRecorder:
-    if isinstance(history, Driven):
-        twin = AsyncEventRecorder(cast(Any, history)._twin, source="supervisor")
-        return cast(EventRecorder, Driven(twin, cast(Any, history)._runner))
     return EventRecorder(history, source="supervisor")
 
 
 def recorded(history: TaskRunHistory) -> list[dict[str, Any]]:
-    runs = [run.to_wire() for latest in history.tasks() for run in history.iter_runs(latest.task_id)]
-    return sorted(runs, key=lambda run: (run["taskId"], run["attempt"]))
+    return [run.to_wire() for run in sorted(history.all_runs(), key=lambda run: (run.task_id, run.attempt))]
 
 
 def test_each_lifecycle_is_told_in_both_vocabularies() -> None:
@@ -44,15 +40,31 @@ def test_each_lifecycle_is_told_in_both_vocabularies() -> None:
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_stream_gives_its_history_and_a_replay_changes_nothing(history: TaskRunHistory, stream: str) -> None:
+def test_stream_gives_its_history_and_a_replay_changes_nothing(database: str, stream: str) -> None:
     told = events(stream)
-    own = recorder(history)
-    own.record_all(told)
-    assert recorded(history) == expected(stream)
-    own.record_all(told)
-    assert recorded(history) == expected(stream)
-    recorder(history).record_all(told)
-    assert recorded(history) == expected(stream)
+    with TaskRunHistory.connect(database) as history:
+        own = recorder(history)
+        own.record_all(told)
+        assert recorded(history) == expected(stream)
+        own.record_all(told)
+        assert recorded(history) == expected(stream)
+        recorder(history).record_all(told)
+        assert recorded(history) == expected(stream)
+
+
+@pytest.mark.parametrize("stream", [stream for stream in STREAMS if stream.endswith("new")])
+def test_asynchronous_recorder_gives_the_same(database: str, stream: str) -> None:
+    async def record() -> None:
+        async with AsyncTaskRunHistory.connect(database) as history:
+            own = AsyncEventRecorder(history, source="supervisor")
+            told = events(stream)
+            await own.record(told[0])
+            await own.record_all(told[1:])
+            await AsyncEventRecorder(history, source="supervisor").record_all(told)
+
+    asyncio.run(record())
+    with TaskRunHistory.connect(database) as history:
+        assert recorded(history) == expected(stream)
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -73,12 +85,11 @@ def test_replay_may_begin_again_anywhere(sqlite: str, stream: str) -> None:
         assert recorded(history) == expected(stream)
 
 
-def test_recorders_of_two_sources_keep_apart(database: str, histories: Histories) -> None:
-    history = histories.connect(database)
+def test_recorders_of_two_sources_keep_apart(database: str) -> None:
     told = events("success/old")
-    recorder(history).record_all(told)
-    with TaskRunHistory.connect(database) as other:
-        EventRecorder(other, source="another").record_all(told)
-    [first, second] = recorded(history)
+    with TaskRunHistory.connect(database) as history:
+        recorder(history).record_all(told)
+        EventRecorder(history, source="another").record_all(told)
+        [first, second] = recorded(history)
     assert first == expected("success/old")[0]
     assert second == first | {"attempt": 2, "source": "another"}

