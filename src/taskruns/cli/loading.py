@@ -23,6 +23,9 @@ from taskruns.url import is_file
 
 MOST_PROCESSES = 4
 
+_ALONE = 8
+"""Chunks after which processes are worth their start."""
+
 _ENDED = "a process that stores runs has ended unexpectedly"
 
 
@@ -100,17 +103,18 @@ def row_of_line(line: bytes) -> Row:
 def load_all(history: TaskRunHistory, url: URL, chunks: Iterable[Chunk]) -> Generator[tuple[Chunk, Loaded]]:
     """Store the runs of all chunks; yield each chunk when it is done, not always in their order.
 
-    More than one chunk is shared out between processes, as checking takes longer than storing.
+    Many are shared out between processes: on one processor, reading a run takes longer than storing it.
 
     Raises:
         ClickException: the database cannot be used.
     """
     chunks = iter(chunks)
-    first = list(islice(chunks, 2))
-    chunks = chain(first, chunks)
+    for chunk in islice(chunks, _ALONE):
+        yield chunk, load(history, chunk)
     count = _processes(url)
-    if len(first) == 1 or count == 1:
-        for chunk in chunks:
+    first = list(islice(chunks, 1))
+    if not first or count == 1:
+        for chunk in chain(first, chunks):
             yield chunk, load(history, chunk)
         return
     context = get_context("spawn")  # a forked process would hold the connections of the others open
@@ -118,7 +122,7 @@ def load_all(history: TaskRunHistory, url: URL, chunks: Iterable[Chunk]) -> Gene
     with ExitStack() as workers:
         idle = [_start(context, workers, url, lock) for _ in range(count)]
         busy: dict[Any, Chunk] = {}
-        for chunk in chunks:
+        for chunk in chain(first, chunks):
             if not idle:
                 for worker in wait(list(busy)):
                     yield busy.pop(worker), _answer(worker)
