@@ -153,8 +153,8 @@ def test_a_hosts_connection_rolls_back_what_was_added(database: str, some: list[
         connection.rollback()
         TaskRunRepository(connection).add_runs(some[2:])
         connection.commit()
-        bulk.insert_runs(connection, [])
-        bulk.insert_runs(connection, some[:2])
+        bulk.insert_rows(connection, list(map(bulk.row_of, [])))
+        bulk.insert_rows(connection, list(map(bulk.row_of, some[:2])))
         connection.rollback()
         assert TaskRunRepository(connection).all_runs() == some[2:]
     engine.dispose()
@@ -163,9 +163,9 @@ def test_a_hosts_connection_rolls_back_what_was_added(database: str, some: list[
 def test_a_taken_key_is_an_integrity_error(database: str, some: list[TaskRun]) -> None:
     engine = create_engine(database)
     with engine.begin() as connection:
-        bulk.insert_runs(connection, some)
+        bulk.insert_rows(connection, list(map(bulk.row_of, some)))
     with pytest.raises(IntegrityError), engine.begin() as connection:
-        bulk.insert_runs(connection, [run_of("c", 1), some[0]])
+        bulk.insert_rows(connection, list(map(bulk.row_of, [run_of("c", 1), some[0]])))
     with engine.connect() as connection:
         assert TaskRunRepository(connection).all_runs() == in_order(some)
     engine.dispose()
@@ -174,7 +174,7 @@ def test_a_taken_key_is_an_integrity_error(database: str, some: list[TaskRun]) -
 def test_other_errors_come_out(empty_database: str, some: list[TaskRun]) -> None:
     engine = create_engine(empty_database)
     with pytest.raises(DBAPIError, match="task_runs") as caught, engine.begin() as connection:
-        bulk.insert_runs(connection, some)
+        bulk.insert_rows(connection, list(map(bulk.row_of, some)))
     assert not isinstance(caught.value, IntegrityError)
     engine.dispose()
 
@@ -199,7 +199,7 @@ def test_connection_lost_on_the_way_is_an_operational_error(postgresql: str, som
         pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
         other.exec_driver_sql(f"SELECT pg_terminate_backend({pid})")
         with pytest.raises(OperationalError) as caught:
-            bulk.insert_runs(connection, some)
+            bulk.insert_rows(connection, list(map(bulk.row_of, some)))
     assert caught.value.connection_invalidated
     engine.dispose()
     admin.dispose()

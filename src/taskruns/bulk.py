@@ -164,7 +164,7 @@ def _add(connection: Connection, rows: list[Row]) -> tuple[int, dict[Key, Row]]:
         missing = [row for row in rows if _key(row) not in stored] if stored else rows
         try:
             with connection.begin_nested():
-                _insert_rows(connection, missing)
+                insert_rows(connection, missing)
         except IntegrityError:
             if number == _TRIES - 1:
                 raise
@@ -212,21 +212,17 @@ def _portions(rows: Iterable[Row]) -> Iterator[dict[str, list[int]]]:
         yield keys
 
 
-def insert_runs(connection: Connection, runs: Sequence[TaskRun]) -> None:
-    """Insert runs as they are, without their supervisors, in the caller's transaction.
-
-    Raises:
-        IntegrityError: one of them exists. The caller has to roll back: on some databases others were inserted.
-    """
-    _insert_rows(connection, list(map(_row, runs)))
-
-
 _COLUMNS = [column.name for column in task_runs.columns if column.name != "supervisor_id"]
 _COPY = f"COPY {task_runs.name} ({', '.join(_COLUMNS)}) FROM STDIN WITH (ENCODING 'UTF8')"
 _INSERT = insert(task_runs)
 
 
-def _insert_rows(connection: Connection, rows: Sequence[Row]) -> None:
+def insert_rows(connection: Connection, rows: Sequence[Row]) -> None:
+    """Insert rows in the caller's transaction.
+
+    Raises:
+        IntegrityError: one of the runs exists. The caller has to roll back: on some databases others were inserted.
+    """
     if not rows:
         return
     dialect = connection.dialect

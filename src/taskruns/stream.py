@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from taskruns import bulk, engine, statements
 from taskruns.errors import AttemptConflictError
 from taskruns.events import Event, Role
-from taskruns.model import TaskRun, checked_name
+from taskruns.model import checked_name, rfc3339
 from taskruns.retrying import is_conflict, is_lost
 from taskruns.timeline import Effect, Entry, Timeline
 
@@ -150,26 +150,26 @@ class _Writing:
         for task_id, timeline in self._touched.items():
             for entry in timeline.changed:
                 if entry.stored is None:
-                    opened.append(self._run(task_id, entry))
+                    opened.append(self._row(task_id, entry))
                 else:
                     amended.append(_amendment(task_id, entry))
                 entry.stored, entry.is_changed = (entry.phase, entry.recovered), False
             timeline.changed.clear()
         self._touched.clear()
         if opened:
-            bulk.insert_runs(self._connection, opened)
+            bulk.insert_rows(self._connection, opened)
         if amended:
             result = self._connection.execute(statements.amend_run(), amended)
             if result.rowcount != len(amended):
                 raise _OutrunError
 
-    def _run(self, task_id: str, entry: Entry) -> TaskRun:
-        return TaskRun(
+    def _row(self, task_id: str, entry: Entry) -> bulk.Row:
+        return (
             task_id,
             entry.attempt,
-            entry.phase,
-            entry.started_at,
-            entry.finished_at,
+            entry.phase.value,
+            rfc3339(entry.started_at),
+            None if entry.finished_at is None else rfc3339(entry.finished_at),
             entry.error,
             entry.exit_code,
             entry.recovered,
