@@ -96,28 +96,26 @@ def _pascal_case(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-def _both_cases(*names: str) -> dict[str, str]:
-    """Map the names, and their form in camel case, to the names."""
-    return {form: name for name in names for form in (name, _camel_case(name))}
-
-
 _KINDS = {
     form: name for name in (*_STARTS, *_PHASES, _FINISHED, *_WITHOUT_EFFECT) for form in (name, _pascal_case(name))
 }
 _OUTCOME_KINDS = {
     form: name for name in _OUTCOMES for form in (name, f"outcome_{name}", _pascal_case(name), _camel_case(name))
 }
+_SNAKE_KEYS = ("exit_code", "duration_ms", "timeout_ms", "outcome_kind")
 _KEYS = {
-    **_both_cases("kind", "attempt", "at", "reason", "exit_code", "duration_ms", "timeout_ms", "outcome_kind"),
-    **_both_cases("id", "seq", "task_id"),
-    "task": "task_id",
+    **{key: key for key in ("kind", "task", "attempt", "at", "reason", "id", "seq", *map(_camel_case, _SNAKE_KEYS))},
+    **{key: _camel_case(key) for key in _SNAKE_KEYS},
+    "taskId": "task",
+    "task_id": "task",
 }
 
 
 @lru_cache(maxsize=1000)  # a supervisor's events are of few kinds
-def _names(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what the keys of an event mean here, "" where they mean nothing."""
-    return tuple(_KEYS.get(key, "") for key in keys)
+def _names(keys: tuple[str, ...]) -> tuple[tuple[str, ...] | None, int]:
+    """Return what the keys of an event are called here, and how many mean nothing; None if they are called so."""
+    names = tuple(_KEYS.get(key, "") for key in keys)
+    return (None if names == keys else names), names.count("")
 
 
 class Event(NamedTuple):
@@ -160,9 +158,8 @@ class Event(NamedTuple):
         """
         if not isinstance(wire, Mapping):
             raise TypeError(f"an event is a JSON object, not {wire!r}")
-        names = _names(tuple(wire))
-        told = dict(zip(names, wire.values(), strict=False))
-        unknown_keys = names.count("")
+        names, unknown_keys = _names(tuple(wire))
+        told = wire if names is None else dict(zip(names, wire.values(), strict=True))
         get = told.get
         given = get("kind")
         if not isinstance(given, str):
@@ -170,8 +167,8 @@ class Event(NamedTuple):
         seq = get("seq")
         if seq is not None and (isinstance(seq, bool) or not isinstance(seq, int | str)):
             raise TypeError(f"seq is a whole number or a string, not {seq!r}")
-        at, task_id, attempt = get("at"), get("task_id"), get("attempt")
-        duration, submission = get("duration_ms"), get("id")
+        at, task_id, attempt = get("at"), get("task"), get("attempt")
+        duration, exit_code, submission = get("durationMs"), get("exitCode"), get("id")
         moment = datetime.now(UTC) if at is None else parse_time(at, "at")
         kind = _KINDS.get(given, given)
         role, phase, error = _meaning(kind, told)
@@ -187,7 +184,7 @@ class Event(NamedTuple):
             None if attempt is None else checked_number(attempt, "attempt", 1, MAX_TOLD_ATTEMPT),
             phase,
             error,
-            checked_exit_code(get("exit_code")),
+            None if exit_code is None else checked_exit_code(exit_code),
             None if duration is None else _duration(duration, moment),
             None if submission is None else _submission(submission),
             seq,
@@ -219,7 +216,7 @@ def _meaning(kind: str, told: Mapping[str, Any]) -> tuple[Role, TaskPhase | None
         return (Role.NONE if known else Role.UNKNOWN), None, None
     role, phase = _PHASES[kind]
     reason = told.get("reason")
-    error = clean_error(reason)
+    error = None if reason is None else clean_error(reason)
     if phase is TaskPhase.SUCCEEDED:
         return role, phase, None
     if phase is TaskPhase.EXHAUSTED and reason == _SUCCESS_REASON:
@@ -230,13 +227,13 @@ def _meaning(kind: str, told: Mapping[str, Any]) -> tuple[Role, TaskPhase | None
         elif phase is TaskPhase.FAILED:
             error = "unknown"
         elif phase is TaskPhase.TIMEOUT:
-            limit = told.get("timeout_ms") if told.get("timeout_ms") is not None else told.get("duration_ms")
+            limit = told.get("durationMs") if told.get("timeoutMs") is None else told["timeoutMs"]
             error = "timed out" if limit is None else f"timed out after {_milliseconds(limit, 'timeoutMs')} ms"
     return role, phase, error
 
 
 def _finish(told: Mapping[str, Any]) -> tuple[Role, TaskPhase | None, str | None]:
-    given = told.get("outcome_kind")
+    given = told.get("outcomeKind")
     if not isinstance(given, str):
         raise TypeError(f"TaskFinished has an outcomeKind, such as completed; not {given!r}")
     name = _OUTCOME_KINDS.get(given)
