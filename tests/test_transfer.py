@@ -348,6 +348,7 @@ def test_what_cannot_be_opened(shell: Shell, home: Home, sqlite: str, tmp_path: 
 
 def test_a_small_chunk_at_a_time(shell: Shell, database: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "_CHUNK", 3)
+    monkeypatch.setattr(transfer, "_SQLITE_CHUNK", 3)
     monkeypatch.setattr(transfer, "_CHUNK_BYTES", 1000)
     runs = runs_of("a", 20)
     file.write_text(wire_lines(runs + runs[::-1]))
@@ -406,7 +407,7 @@ def test_killed_on_the_way_and_started_again(home: Home, database: str, tmp_path
 def test_stopped_on_the_way(home: Home, sqlite: str, number: int, status: int) -> None:
     process = home.start("import", "-", "--db", sqlite, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
-    process.stdin.write(wire_lines(runs_of("a", 20_000)).encode())  # type: ignore[arg-type]
+    process.stdin.write(wire_lines(runs_of("a", 60_000)).encode())  # type: ignore[arg-type]
     process.stdin.flush()
     with TaskRunHistory.connect(sqlite) as history:
         while history.last_run("a") is None:
@@ -415,13 +416,14 @@ def test_stopped_on_the_way(home: Home, sqlite: str, number: int, status: int) -
     _, complaints = process.communicate()
     assert process.returncode == status
     assert b"Traceback" not in complaints  # type: ignore[operator]
-    assert len(stored(sqlite)) % transfer._CHUNK == 0
+    assert len(stored(sqlite)) % transfer._SQLITE_CHUNK == 0
 
 
 def test_processes_share_the_work(
     shell: Shell, database: str, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "_CHUNK", 50)
+    monkeypatch.setattr(transfer, "_SQLITE_CHUNK", 50)
     monkeypatch.setattr(loading, "_processes", lambda _url: 3)
     runs = runs_of("a", 1000)
     other = replace(runs[700], exit_code=3)
@@ -441,6 +443,7 @@ def test_an_error_in_a_process_is_told_in_a_line(
     shell: Shell, databases: Databases, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "_CHUNK", 50)
+    monkeypatch.setattr(transfer, "_SQLITE_CHUNK", 50)
     monkeypatch.setattr(loading, "_processes", lambda _url: 2)
     url = databases.empty(available("postgresql", databases))
     with TaskRunHistory.connect(url) as history:
@@ -457,6 +460,7 @@ def test_an_error_in_a_process_is_told_in_a_line(
 
 def test_a_process_that_dies_is_noticed(shell: Shell, sqlite: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "_CHUNK", 50)
+    monkeypatch.setattr(transfer, "_SQLITE_CHUNK", 50)
     monkeypatch.setattr(loading, "_processes", lambda _url: 2)
     monkeypatch.setattr(loading, "_work", os._exit)
     file.write_text(wire_lines(runs_of("a", 1000)))

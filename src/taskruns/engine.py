@@ -162,7 +162,6 @@ def _sqlite_settings(url: URL) -> list[str]:
         if not re.fullmatch("[1-9][0-9]{0,4}", size):
             raise ValueError(f"cache_size in the database URL is a number of MiB, not {size!r}")
         settings.append(f"cache_size = {-1024 * int(size)}")  # negative: of KiB
-        settings.append(f"wal_autocheckpoint = {256 * int(size)}")
     return settings
 
 

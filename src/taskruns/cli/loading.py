@@ -5,7 +5,7 @@ import os
 import signal
 import traceback
 from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import get_context
@@ -19,7 +19,6 @@ from taskruns.bulk import Row, row_from_wire
 from taskruns.cli import advice
 from taskruns.history import TaskRunHistory
 from taskruns.model import MAX_TOLD_ATTEMPT
-from taskruns.url import is_file
 
 MOST_PROCESSES = 4
 
@@ -49,7 +48,7 @@ class Loaded:
     """Which of its lines, counted from 0, and why."""
 
 
-def load(history: TaskRunHistory, chunk: Chunk, lock: AbstractContextManager[Any] | None = None) -> Loaded:
+def load(history: TaskRunHistory, chunk: Chunk) -> Loaded:
     """Store the runs of a chunk in one transaction."""
     rows: list[Row] = []
     places: list[int] = []
@@ -64,8 +63,7 @@ def load(history: TaskRunHistory, chunk: Chunk, lock: AbstractContextManager[Any
         else:
             rows.append(row)
             places.append(place)
-    with lock or nullcontext():
-        outcome = history.add_rows(rows)
+    outcome = history.add_rows(rows)
     for number in outcome.conflicts:
         task_id, attempt = rows[number][:2]
         reason = f"attempt {attempt} of task {task_id!r} exists already, and is not the same"
@@ -118,9 +116,8 @@ def load_all(history: TaskRunHistory, url: URL, chunks: Iterable[Chunk]) -> Gene
             yield chunk, load(history, chunk)
         return
     context = get_context("spawn")  # a forked process would hold the connections of the others open
-    lock = context.Lock() if url.get_backend_name() == "sqlite" else None  # SQLite's own waiting is less exact
     with ExitStack() as workers:
-        idle = [_start(context, workers, url, lock) for _ in range(count)]
+        idle = [_start(context, workers, url) for _ in range(count)]
         busy: dict[Any, Chunk] = {}
         for chunk in chain(first, chunks):
             if not idle:
@@ -136,16 +133,16 @@ def load_all(history: TaskRunHistory, url: URL, chunks: Iterable[Chunk]) -> Gene
 
 
 def _processes(url: URL) -> int:
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if url.get_backend_name() == "sqlite":
-        return min(2, processors) if is_file(url) else 1  # one stores while another checks
+        return 1  # it has one writer, which keeps in memory what another would have to read again
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_PROCESSES, processors)
 
 
-def _start(context: Any, workers: ExitStack, url: URL, lock: Any) -> Any:
+def _start(context: Any, workers: ExitStack, url: URL) -> Any:
     """Start a process, which ends when ``workers`` is closed, and return the connection to it."""
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, url, lock), daemon=True)
+    process = context.Process(target=_work, args=(theirs, url), daemon=True)
     process.start()
     theirs.close()
     workers.callback(process.join)
@@ -171,7 +168,7 @@ def _answer(worker: Any) -> Loaded:
     return answer
 
 
-def _work(connection: Any, url: URL, lock: Any) -> None:
+def _work(connection: Any, url: URL) -> None:
     """Store chunks until the other end is closed, also by the end of its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and the first process tells the others
     with TaskRunHistory.connect(url) as history:
@@ -182,7 +179,7 @@ def _work(connection: Any, url: URL, lock: Any) -> None:
                 return
             answer: Loaded | Exception
             try:
-                answer = load(history, chunk, lock)
+                answer = load(history, chunk)
             except Exception as error:  # noqa: BLE001  (raised again at the other end)
                 line = advice(error)
                 answer = RuntimeError(traceback.format_exc()) if line is None else click.ClickException(line)

@@ -28,9 +28,12 @@ _AT_ONCE = 500
 _CHUNK = 5_000
 """Runs that are added by one transaction, unless they are long."""
 
+_SQLITE_CHUNK = 25_000
+"""The same for SQLite, where each transaction writes the pages of its indexes anew."""
+
 _CHUNK_BYTES = 8 * 1024 * 1024
 
-_CACHE_SIZE = "32"
+_CACHE_SIZE = "64"
 """MiB of an SQLite database that are kept in memory: the order of the runs is not that of every index."""
 
 _CSV = (
@@ -139,9 +142,9 @@ def import_command(file: str, rejects: Path | None) -> int:
     exit status is 1. Of different lines for one run, one is kept. Stopped on its way, it may be started again.
     """
     found = database()
-    url = found.url
-    if url.get_backend_name() == "sqlite" and "cache_size" not in url.query:
-        url = url.update_query_dict({"cache_size": _CACHE_SIZE})
+    url, most = found.url, _CHUNK
+    if url.get_backend_name() == "sqlite":
+        url, most = url.set(query={"cache_size": _CACHE_SIZE, **url.query}), _SQLITE_CHUNK
     with ExitStack() as opened:
         source = opened.enter_context(_source(file))
         with found.options_checked():
@@ -152,7 +155,7 @@ def import_command(file: str, rejects: Path | None) -> int:
         opened.callback(done.report)
         status = os.fstat(source.fileno())
         advance = opened.enter_context(_progress(status.st_size if stat.S_ISREG(status.st_mode) else None))
-        loading = opened.enter_context(closing(load_all(history, url, _chunks(source, kept))))
+        loading = opened.enter_context(closing(load_all(history, url, _chunks(source, most, kept))))
         for chunk, loaded in loading:
             done.take(chunk, loaded)
             advance(len(chunk.lines), chunk.size)
@@ -174,7 +177,7 @@ def _source(file: str) -> Iterator[BinaryIO]:
         yield source
 
 
-def _chunks(source: BinaryIO, rejects: Rejects) -> Iterator[Chunk]:
+def _chunks(source: BinaryIO, most: int, rejects: Rejects) -> Iterator[Chunk]:
     """Yield the lines that are to be loaded."""
     lines: list[tuple[int, bytes]] = []
     number = size = 0
@@ -185,7 +188,7 @@ def _chunks(source: BinaryIO, rejects: Rejects) -> Iterator[Chunk]:
             rejects.reject(number, line, f"longer than {MAX_LINE >> 20} MiB", _rest_of_line(source))
         elif not line.isspace():
             lines.append((number, line))
-        if len(lines) == _CHUNK or size > _CHUNK_BYTES:
+        if len(lines) == most or size > _CHUNK_BYTES:
             yield Chunk(lines, size)
             lines, size = [], 0
     yield Chunk(lines, size)
