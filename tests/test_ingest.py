@@ -8,6 +8,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -478,25 +479,21 @@ def test_cut_connection_loses_nothing(ingest: Callable[..., Ingest], databases: 
     teller.join()
     assert running.wait()[0] == 0
     admin.dispose()
-    assert shown(all_runs(database)) == shown(clean_pass(events, database))
+    assert shown(all_runs(database)) == shown(clean_pass(events))
 
 
 def shown(runs: list[TaskRun]) -> list[dict[str, Any]]:
     return [run.to_wire() for run in runs]
 
 
-def clean_pass(events: list[dict[str, Any]], near: str) -> list[TaskRun]:
+def clean_pass(events: list[dict[str, Any]]) -> list[TaskRun]:
     """Return the history that the events make, in a database that nobody disturbs."""
     from taskruns import EventRecorder
 
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"clean-{os.getpid()}.db"
-    path.unlink(missing_ok=True)
-    with TaskRunHistory.connect(f"sqlite:///{path}") as history:
+    with tempfile.TemporaryDirectory() as folder, TaskRunHistory.connect(f"sqlite:///{folder}/clean.db") as history:
         history.upgrade()
         EventRecorder(history).record_all(events)
-        runs = sorted(history.all_runs(), key=lambda run: (run.task_id, run.attempt))
-    path.unlink()
-    return runs
+        return list(history.all_runs())
 
 
 def assert_recorded(runs: list[TaskRun], events: list[dict[str, Any]]) -> None:
@@ -523,7 +520,7 @@ def test_killed_at_any_moment_and_begun_again_it_gives_the_same(ingest: Callable
     running = ingest(database, stdout=subprocess.DEVNULL)
     running.input.write(b"".join(lines))
     assert running.wait()[0] == 0
-    assert shown(all_runs(database)) == shown(clean_pass(events, database))
+    assert shown(all_runs(database)) == shown(clean_pass(events))
 
 
 def tell_in_pieces(running: Ingest, lines: list[bytes], size: int = 50) -> None:
@@ -543,7 +540,7 @@ def test_twenty_kills_in_100000_events(
     database = databases.migrated(available(kind, databases))
     events = many(100_000, tasks=50)
     path = written(tmp_path / "events", encoded(*events))
-    clean = shown(clean_pass(events, database))
+    clean = shown(clean_pass(events))
     chance = random.Random(20)
     seen, begun = [], time.monotonic()
     for _ in range(20):
