@@ -367,7 +367,7 @@ def clean_error(text: str | None) -> str | None:
         text = text[:MAX_ERROR_BYTES] + text[-MAX_ERROR_BYTES:]
     if not text.isascii() or "\0" in text:
         text = _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
-    if "://" in text:
+    if "://" in text and "@" in text:
         text = _URL_PASSWORD.sub(r"\1:***@", text)
     if len(text) * 4 > MAX_ERROR_BYTES:  # a character has at most four bytes, so a short text needs no encoding
         encoded = text.encode()
