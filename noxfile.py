@@ -20,7 +20,7 @@ def install(session: nox.Session, group: str, *, package: bool = True) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests on SQLite, PostgreSQL and MariaDB; more workers than processors, as tests wait much."""
     install(session, "tests")
-    session.run("pytest", "-n", "3", "-m", "not soak", *session.posargs)
+    session.run("pytest", "-n", "4", "--dist", "worksteal", "-m", "not soak", *session.posargs)
 
 
 @nox.session

@@ -146,7 +146,7 @@ def there(database: str) -> Any:
         yield history
 
 
-few = settings(max_examples=25, report_multiple_bugs=False)
+few = settings(max_examples=20, report_multiple_bugs=False)
 
 
 @few
