@@ -93,3 +93,53 @@ def test_recorders_of_two_sources_keep_apart(database: str) -> None:
         [first, second] = recorded(history)
     assert first == expected("success/old")[0]
     assert second == first | {"attempt": 2, "source": "another"}
+
+
+def at(second: float, kind: str, attempt: int, **facts: Any) -> dict[str, Any]:
+    return {"kind": kind, "task": "job", "attempt": attempt, "at": 1_772_330_400_000 + round(1000 * second)} | facts
+
+
+@pytest.mark.parametrize(
+    ("told", "runs"),
+    [
+        (  # attempts that overlap, the start of the last one lost
+            [
+                *(at(0, "TaskStarting", 1), at(10, "TaskStopped", 1), at(20, "TaskStarting", 7)),
+                at(30, "TaskFailed", 5, durationMs=15_000),
+            ],
+            3,
+        ),
+        ([at(180, "ActorDead", 1, durationMs=20_000), at(190, "ActorDead", 2, durationMs=20_000)], 2),
+        # a failure that turns out to be a timeout, without durations
+        ([at(0, "TaskStarting", 1), at(10, "TaskFailed", 1), at(10.001, "TimeoutHit", 1)], 1),
+    ],
+)
+def test_odd_streams_change_nothing_when_told_again(sqlite: str, told: list[dict[str, Any]], runs: int) -> None:
+    with TaskRunHistory.connect(sqlite) as history:
+        recorder(history).record_all(told)
+        first = recorded(history)
+        assert len(first) == runs
+        for _ in range(2):
+            recorder(history).record_all(told)
+            assert recorded(history) == first
+
+
+def test_runs_of_a_submission_are_found_among_those_of_others(sqlite: str) -> None:
+    told = [
+        event
+        for number in range(300)
+        for event in (
+            at(number, "TaskStarting", 1, id=number),
+            at(number + 250.5, "TaskStopped", 1, id=number),
+        )
+    ]
+    told.sort(key=lambda event: event["at"])
+    with TaskRunHistory.connect(sqlite) as history:
+        for place in range(0, len(told), 50):
+            recorder(history).record_all(told[place : place + 50])
+        first = recorded(history)
+        assert [(run["submission"], run["durationMs"]) for run in first] == [
+            (str(number), 250_500) for number in range(300)
+        ]
+        recorder(history).record_all(told)
+        assert recorded(history) == first

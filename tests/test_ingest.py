@@ -289,6 +289,35 @@ def test_line_longer_than_any_event_is_rejected_as_it_is(shell: Shell, sqlite: s
     assert rejects.read_bytes() == long
 
 
+def test_blank_line_of_any_length_stops_nothing(shell: Shell, sqlite: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "events", encoded(start(0)) + b" " * 17 * 1024 * 1024 + b"\n" + encoded(stop(1)))
+    assert shell("ingest", "--db", sqlite, path).status == 1
+    assert facts(sqlite) == [(1, "succeeded")]
+
+
+def test_rejects_are_not_kept_in_the_file_that_is_read(shell: Shell, sqlite: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "events", b"nonsense\n")
+    for command in ("ingest", "import"):
+        answer = shell(command, "--db", sqlite, "--rejects", path, path)
+        assert (answer.status, len(answer.err.splitlines())) == (2, 1)
+    assert Path(path).read_bytes() == b"nonsense\n"
+
+
+def test_rejected_line_is_acknowledged_by_its_sequence(shell: Shell, sqlite: str, tmp_path: Path) -> None:
+    wrong = encoded(start(0) | {"attempt": 0, "seq": 7001})
+    path = written(tmp_path / "events", b"\n" + wrong + encoded(start(1) | {"seq": 7002}))
+    assert shell("ingest", "--db", sqlite, "--ack", path).out == '{"ack": 7001}\n{"ack": 7002}\n'
+
+
+def test_ignored_signal_stays_ignored(ingest: Callable[..., Ingest], sqlite: str) -> None:
+    running = ingest(sqlite, "--ack", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    running.tell(start(0))
+    assert running.acknowledged() == 1
+    running.process.send_signal(signal.SIGHUP)
+    running.tell(stop(1))
+    assert running.acknowledged() == 2
+
+
 def test_rejects_are_added_to_the_file(shell: Shell, sqlite: str, tmp_path: Path) -> None:
     rejects = tmp_path / "rejects"
     rejects.write_bytes(b"earlier, without an end")

@@ -12,7 +12,6 @@ from taskruns import bulk, engine, statements
 from taskruns.errors import AttemptConflictError
 from taskruns.events import Event, Role
 from taskruns.model import checked_name, rfc3339
-from taskruns.retrying import is_conflict, is_lost
 from taskruns.timeline import Effect, Entry, Timeline
 
 _TRIES = 50
@@ -57,9 +56,8 @@ class Stream:
                     return _Writing(self.source, self._timelines, connection).write(events)
             except BaseException as error:
                 self._timelines.clear()
-                is_outrun = isinstance(error, _OutrunError | IntegrityError) or is_conflict(error)
-                if not is_outrun or is_lost(error):
-                    raise
+                if not isinstance(error, _OutrunError | IntegrityError):
+                    raise  # the caller tries again where that is worth it
         raise AttemptConflictError(events[0].task_id)
 
 

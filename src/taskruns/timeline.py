@@ -5,6 +5,7 @@ history is the same whatever the order in which the events of a run arrive. Plai
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -121,6 +122,7 @@ class Timeline:
         self.last = last
         self.changed: list[Entry] = []
         self._entries = sorted(entries, key=_place)
+        self._submissions = Counter(entry.submission for entry in self._entries)
         self._since, self._until = since, until
         self._elsewhere = list(active)
         self._active = [entry for entry in (*self._entries, *self._elsewhere) if entry.finished_at is None]
@@ -130,7 +132,7 @@ class Timeline:
 
     def covers(self, at: datetime) -> bool:
         """Whether the runs around a moment are known."""
-        return (self._since is None or self._since <= at) and (self._until is None or at < self._until)
+        return (self._since is None or self._since < at) and (self._until is None or at < self._until)
 
     def trim(self, size: int) -> None:
         """Forget the runs that started first, but for the active ones, when they are more than twice ``size``."""
@@ -138,6 +140,7 @@ class Timeline:
         self._elsewhere = [entry for entry in (*self._elsewhere, *gone) if entry.finished_at is None]
         if gone:
             del self._entries[:-size]
+            self._submissions = Counter(entry.submission for entry in self._entries)
             self._since = self._entries[0].started_at
 
     def apply(self, event: Event, kept: Kept) -> Effect:
@@ -215,6 +218,11 @@ class Timeline:
         if following is not None and event.role is Role.END and _is_verdict_on(following, event):
             self._move(following, event.began_at)
             return self._apply_end(following, event)
+        for entry in self._before(self._place_after(event.began_at), event.submission):
+            if entry.started_at != event.began_at:
+                break
+            if entry.start_inferred and entry.source_attempt == event.attempt:
+                return self._apply_end(entry, event)  # told before
         return self._create(event, event.began_at, event.outcome(None))
 
     def _create(self, event: Event, at: datetime, outcome: Outcome | None) -> Effect:
@@ -264,6 +272,7 @@ class Timeline:
     def _move(self, entry: Entry, at: datetime) -> None:
         """Give a run another start."""
         self._entries.remove(entry)
+        self._submissions[entry.submission] -= 1
         before, entry.started_at = entry.started_at, at
         self._insert(entry, moved_from=before)
 
@@ -274,6 +283,7 @@ class Timeline:
         is_last = not entries or entries[-1].started_at < entry.started_at  # nearly always
         place = len(entries) if is_last else bisect_right(entries, entry.place, key=_place)
         entries.insert(place, entry)
+        self._submissions[entry.submission] += 1
         for active in tuple(self._active):
             if active is not entry and _matches(active, entry.submission) and active.place < entry.place:
                 self._lose(active, entry.started_at)
@@ -336,16 +346,19 @@ class Timeline:
             return len(entries)
         return bisect_right(entries, at, key=_start)
 
+    def _has(self, submission: str | None) -> bool:
+        return submission is None or self._submissions[submission] > 0
+
     def _before(self, place: int, submission: str | None) -> Iterator[Entry]:
         """Yield the entries of a stream before a place, the nearest first."""
-        for index in range(place - 1, -1, -1):
+        for index in range(place - 1, -1, -1) if self._has(submission) else ():
             entry = self._entries[index]
             if submission is None or entry.submission == submission:
                 yield entry
 
     def _after(self, place: int, submission: str | None) -> Iterator[Entry]:
         """Yield the entries of a stream from a place on."""
-        for index in range(place, len(self._entries)):
+        for index in range(place, len(self._entries)) if self._has(submission) else ():
             entry = self._entries[index]
             if submission is None or entry.submission == submission:
                 yield entry
@@ -374,5 +387,7 @@ def _is_of_another_attempt(event: Event, outcome: Outcome, stored: Outcome) -> b
     """
     if event.duration is not None:
         return event.began_at > stored.finished_at
+    if outcome.phase is TaskPhase.TIMEOUT and (outcome.phase, outcome.error) == (stored.phase, stored.error):
+        return event.at > stored.finished_at + _SOON  # the failure that it is has set the time of the end
     may_be_of_one = outcome.phase is not stored.phase and outcome.phase in RANK and stored.phase in RANK
     return event.role is Role.END and event.at > stored.finished_at and not may_be_of_one

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
@@ -96,7 +97,8 @@ def _misused(error: click.UsageError) -> int:
 
 def complain(line: str) -> None:
     """Say something to the user that is not the result."""
-    click.echo(f"taskruns: {line}", err=True)
+    with suppress(OSError):  # nobody listens, which is nothing to the result
+        click.echo(f"taskruns: {line}", err=True)
 
 
 def advice(error: Exception) -> str | None:

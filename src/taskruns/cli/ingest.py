@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import click
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.lines import MAX_LINE, Rejects
+from taskruns.cli.lines import MAX_LINE, Rejects, refuse_same_file
 from taskruns.events import Event
 from taskruns.history import TaskRunHistory
 from taskruns.model import checked_name
@@ -71,12 +72,17 @@ class _Input:
         # Lines; a piece of a line that is too long, and whether it is the last one; an error; the end.
         self._queue: SimpleQueue[bytes | tuple[bytes, bool] | BaseException | None] = SimpleQueue()
         self._room = threading.Semaphore(_CHUNKS)
-        self._incomplete = b""
         self._has_more = False
         self.stopped_at: float | None = None
         threading.Thread(target=self._read, daemon=True).start()
 
-    def stop(self, *_: object) -> None:
+    def heed_signals(self) -> None:
+        """Stop at a signal to stop, unless it is ignored, as nohup has it."""
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._stop)
+
+    def _stop(self, *_: object) -> None:
         """Take no more than what has been read by now. A signal handler: it takes no lock."""
         if self.stopped_at is None:
             self.stopped_at = time.monotonic()
@@ -85,9 +91,9 @@ class _Input:
     def _read(self) -> None:
         try:
             file = sys.stdin.fileno() if self._path == "-" else os.open(self._path, os.O_RDONLY)
-            is_long = False
+            is_long, data = False, b""
             while chunk := os.read(file, _CHUNK):
-                data = self._incomplete + chunk
+                data += chunk
                 if is_long:
                     piece, newline, data = data.partition(b"\n")
                     is_long = not newline
@@ -98,9 +104,10 @@ class _Input:
                 if len(data) > MAX_LINE:
                     self._put((data, False))
                     is_long, data = True, b""
-                self._incomplete = data
             if is_long:
                 self._put((b"", True))
+            elif data:
+                self._put(data)  # what no line end follows is a line at the end of the input
         except OSError as error:
             self._queue.put(click.ClickException(f"{self._path} cannot be read: {error.strerror}"))
         self._queue.put(None)
@@ -132,6 +139,7 @@ class _Input:
             if item is None:
                 break
             if isinstance(item, BaseException):
+                yield None  # what was read before the error is good
                 raise item
             self._room.release()
             if isinstance(item, tuple):
@@ -141,9 +149,6 @@ class _Input:
                     return
             else:
                 yield from item.split(b"\n")
-        # What no line end follows is a line at the end of the input. At a signal it may be the beginning of one.
-        if self._incomplete and (self.stopped_at is None or _is_event(self._incomplete)):
-            yield self._incomplete
 
 
 @click.command("ingest")
@@ -167,12 +172,12 @@ def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | Non
             checked_name(source, "source")
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--source") from None
+    refuse_same_file(file, rejects)
     chosen = database()
     with chosen.options_checked(), TaskRunHistory.connect(chosen.url) as history:
         history.prepare()
     lines = _Input(file)
-    for number in _SIGNALS:
-        signal.signal(number, lines.stop)
+    lines.heed_signals()
     patience = _Patience(lines)
     connected = TaskRunHistory.connect(
         chosen.url, lock_timeout=_LOCK_TIMEOUT, retry_for=math.inf, on_retry=patience.note
@@ -193,6 +198,8 @@ def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | Non
             )
             return 2
         except OSError as error:
+            if rejects is None:
+                raise
             raise click.ClickException(f"{rejects} cannot be written: {error.strerror}") from None
         finally:
             ingestion.summarize()
@@ -249,13 +256,16 @@ class _Ingestion:
         self._number += 1
         if self._number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
+        if not line.strip() and len(line) <= MAX_LINE:
             return
+        wire: Any = None
         try:
-            event = _parse(line)
+            wire = _wire(line)
+            event = Event.from_wire(wire)
         except (TypeError, ValueError) as error:
             self._rejects.reject(self._number, line, str(error), lines.rest())
-            self._done.append(self._number)
+            seq = wire.get("seq") if isinstance(wire, dict) else None
+            self._done.append(seq if isinstance(seq, int | str) and not isinstance(seq, bool) else self._number)
             return
         self._events.append(event)
         self._lines.append((self._number, line))
@@ -290,7 +300,7 @@ class _Ingestion:
         complain(f"{self._number} line{'s'[: self._number != 1]}: {', '.join(facts) or 'no events'}")
 
 
-def _parse(line: bytes) -> Event:
+def _wire(line: bytes) -> Any:
     if len(line) > MAX_LINE:
         raise ValueError(f"it is longer than {MAX_LINE} bytes")
     try:
@@ -304,12 +314,4 @@ def _parse(line: bytes) -> Event:
         raise ValueError(f"it is not JSON: {error.msg} (column {error.colno})") from None
     if end != len(text):
         raise ValueError(f"it is not JSON: more follows (column {end + 1})")
-    return Event.from_wire(wire)
-
-
-def _is_event(text: bytes) -> bool:
-    try:
-        _parse(text)
-    except (TypeError, ValueError):
-        return False
-    return True
+    return wire

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Self
 
+import click
+
 from taskruns.cli import complain
 from taskruns.cli.output import printable
 
@@ -72,3 +74,9 @@ def _ends_a_line(path: Path) -> bool:
             return True
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"
+
+
+def refuse_same_file(file: str, rejects: Path | None) -> None:
+    """Refuse to read from the file that rejected lines are added to: there would be no end."""
+    if rejects is not None and rejects.is_file() and Path(file).is_file() and rejects.samefile(file):
+        raise click.BadParameter("it is the file that is read", param_hint="--rejects")

@@ -15,7 +15,7 @@ import click
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.lines import MAX_LINE, Rejects
+from taskruns.cli.lines import MAX_LINE, Rejects, refuse_same_file
 from taskruns.cli.loading import Chunk, Loaded, load_all
 from taskruns.cli.output import printable
 from taskruns.cli.task_id import TaskId
@@ -141,6 +141,7 @@ def import_command(file: str, rejects: Path | None) -> int:
     A run that is there already is skipped; if it is not the same, or a line is no run, the line is rejected, and the
     exit status is 1. Of different lines for one run, one is kept. Stopped on its way, it may be started again.
     """
+    refuse_same_file(file, rejects)
     found = database()
     url, most = found.url, _CHUNK
     if url.get_backend_name() == "sqlite":
