@@ -176,7 +176,7 @@ NO_OUTCOMES: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"phase": "failed", "exit_code": -(2**31) - 1}, ValueError),
     ({"phase": "failed", "exit_code": "1"}, TypeError),
     ({"phase": "failed", "error": b"bytes"}, TypeError),
-    ({"phase": "failed", "finished_at": datetime(2026, 1, 1)}, ValueError),  # noqa: DTZ001
+    ({"phase": "failed", "finished_at": datetime(2026, 1, 1)}, ValueError),  # noqa: DTZ001  (naive on purpose)
     ({"phase": "failed", "finished_at": 1.0}, TypeError),
 ]
 
@@ -191,7 +191,7 @@ def test_close_refuses_what_no_run_can_end_as(history: TaskRunHistory) -> None:
 
 def test_naive_start_is_refused(history: TaskRunHistory) -> None:
     with pytest.raises(ValueError, match="started_at must be an aware datetime"):
-        history.open_run("job", started_at=datetime(2026, 1, 1))  # noqa: DTZ001
+        history.open_run("job", started_at=datetime(2026, 1, 1))  # noqa: DTZ001  (naive on purpose)
     assert history.last_run("job") is None
 
 

@@ -20,7 +20,8 @@ from taskruns import (
     TaskRun,
     TaskRunsError,
 )
-from taskruns.model import MAX_ATTEMPT, MAX_ERROR_BYTES, clean_error, parse_time, rfc3339
+from taskruns.model import MAX_ATTEMPT, MAX_ERROR_BYTES, clean_error
+from taskruns.times import parse_time, rfc3339
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 RUN = TaskRun.starting("job", 1, started_at=NOON)
@@ -34,7 +35,7 @@ def names() -> st.SearchStrategy[str]:
 
 def times() -> st.SearchStrategy[datetime]:
     zones = st.sampled_from([UTC, timezone(timedelta(hours=5, minutes=30)), timezone(timedelta(hours=-11))])
-    return st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=zones)  # noqa: DTZ001
+    return st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=zones)  # noqa: DTZ001  (the zones are given beside)
 
 
 def errors() -> st.SearchStrategy[str]:

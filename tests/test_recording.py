@@ -18,7 +18,7 @@ class OwnError(Exception):
     pass
 
 
-class Mute(Exception):  # noqa: N818
+class Mute(Exception):  # noqa: N818  (a test's own)
     def __str__(self) -> str:
         return ""
 

@@ -94,7 +94,7 @@ def test_task_ids_of_another_type_are_refused(history: TaskRunHistory) -> None:
 
 
 def test_ids_that_look_alike_are_different_tasks(history: TaskRunHistory) -> None:
-    alike = ["a", "A", "á", "a\u0301", "à", "ａ", "ß", "ss", "ı", "i", "I", "İ"]  # noqa: RUF001
+    alike = ["a", "A", "á", "a\u0301", "à", "ａ", "ß", "ss", "ı", "i", "I", "İ"]  # noqa: RUF001  (alike on purpose)
     assert [history.open_run(task).attempt for task in alike] == [1] * len(alike)
     assert sorted(run.task_id for run in history.tasks()) == sorted(alike)
     for task in alike:

@@ -26,9 +26,9 @@ from taskruns.model import (
     checked_number,
     checked_run,
     clean_error,
-    rfc3339,
 )
 from taskruns.schema import task_runs
+from taskruns.times import rfc3339
 
 _TRIES = 10
 """How often runs are added anew when other writers keep adding the same ones."""

@@ -18,8 +18,8 @@ from taskruns.model import (
     checked_name,
     checked_number,
     clean_error,
-    parse_time,
 )
+from taskruns.times import parse_time
 
 
 class Role(Enum):

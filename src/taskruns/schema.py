@@ -28,7 +28,8 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import SchemaItem
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from taskruns.model import MAX_ATTEMPT, MAX_NAME_LENGTH, TaskPhase, in_utc
+from taskruns.model import MAX_ATTEMPT, MAX_NAME_LENGTH, TaskPhase
+from taskruns.times import in_utc
 
 SCHEMA_VERSION = "1_0001"
 """The oldest revision this code works with, as MAJOR_NUMBER. Within a major, migrations only add."""

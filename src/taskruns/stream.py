@@ -11,8 +11,9 @@ from sqlalchemy.exc import IntegrityError
 from taskruns import bulk, engine, statements
 from taskruns.errors import AttemptConflictError
 from taskruns.events import Event, Role
-from taskruns.model import checked_name, rfc3339
+from taskruns.model import checked_name
 from taskruns.timeline import Effect, Entry, Timeline
+from taskruns.times import rfc3339
 
 _TRIES = 50
 """How often events are applied anew because others have written to the same runs meanwhile."""

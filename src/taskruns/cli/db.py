@@ -23,7 +23,7 @@ def db_command() -> None:
 @db_command.command("upgrade")
 @click.option("--sql", is_flag=True, help="Print the DDL for an empty database of this kind instead of running it.")
 @db_option
-def upgrade(sql: bool) -> None:  # noqa: FBT001
+def upgrade(sql: bool) -> None:
     """Create the tables, or bring them to the version of this taskruns."""
     found = database()
     if sql:

@@ -79,10 +79,10 @@ def exec_command(
     kill_after: float,
     retries: int,
     backoff: tuple[float, float],
-    no_overlap: bool,  # noqa: FBT001
+    no_overlap: bool,
     conflict_exit_code: int,
     error: str,
-    quiet: bool,  # noqa: FBT001
+    quiet: bool,
 ) -> int:
     """Run a command and record every attempt of it as a run of TASK.
 

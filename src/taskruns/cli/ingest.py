@@ -157,7 +157,7 @@ class _Input:
 @click.option("--ack", is_flag=True, help='Print {"ack": SEQ}, or the number of the line, once it is on disk.')
 @click.option("--rejects", type=click.Path(dir_okay=False, path_type=Path), help="Keep lines that are not valid there.")
 @db_option
-def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | None) -> int:  # noqa: FBT001
+def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | None) -> int:
     """Record the events of a supervisor: JSON lines from FILE, or from standard input.
 
     Each line is an object with `kind` (such as TaskStarting, AttemptFailed or TaskFinished), `task`, `attempt`, `at`

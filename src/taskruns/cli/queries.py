@@ -50,10 +50,10 @@ _problems = click.option("--problems", is_flag=True, help="Only failed, timeout 
 def runs_command(
     task: str,
     phases: list[TaskPhase],
-    problems: bool,  # noqa: FBT001
+    problems: bool,
     limit: int | None,
     after: str | None,
-    as_json: bool,  # noqa: FBT001
+    as_json: bool,
 ) -> int:
     """List the runs of TASK, newest first."""
     most = limit or (None if as_json else ROWS)
@@ -79,7 +79,7 @@ def runs_command(
 @click.argument("attempt", type=click.IntRange(1, MAX_ATTEMPT), required=False)
 @_json
 @db_option
-def show_command(task: str, attempt: int | None, as_json: bool) -> int:  # noqa: FBT001
+def show_command(task: str, attempt: int | None, as_json: bool) -> int:
     """Show all that is known of a run of TASK: of its latest, or of ATTEMPT."""
     with database().reading() as history:
         run = history.last_run(task) if attempt is None else history.get_run(task, attempt)
@@ -95,7 +95,7 @@ def show_command(task: str, attempt: int | None, as_json: bool) -> int:  # noqa:
 @_problems
 @_json
 @db_option
-def last_command(task: str, phases: list[TaskPhase], problems: bool, as_json: bool) -> int:  # noqa: FBT001
+def last_command(task: str, phases: list[TaskPhase], problems: bool, as_json: bool) -> int:
     """Show the latest run of TASK, or its latest in one of some phases."""
     with database().reading() as history:
         run = history.last_run(task, phases=_wanted(phases, problems=problems))
@@ -111,7 +111,7 @@ def last_command(task: str, phases: list[TaskPhase], problems: bool, as_json: bo
 @click.option("--after", type=TaskId(), help="Go on after this task.")
 @_json
 @db_option
-def tasks_command(limit: int | None, after: str | None, as_json: bool) -> None:  # noqa: FBT001
+def tasks_command(limit: int | None, after: str | None, as_json: bool) -> None:
     """List every task with its latest run, in the order of the task ids."""
     with database().reading() as history:
         most = limit or (None if as_json else ROWS)
@@ -130,7 +130,7 @@ def tasks_command(limit: int | None, after: str | None, as_json: bool) -> None: 
 @_limit
 @_json
 @db_option
-def active_command(limit: int | None, as_json: bool) -> None:  # noqa: FBT001
+def active_command(limit: int | None, as_json: bool) -> None:
     """List the active runs of all tasks, in the order they started."""
     with database().reading() as history:
         active = history.active_runs()

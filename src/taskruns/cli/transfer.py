@@ -61,7 +61,7 @@ Advance = Callable[[int, int], None]
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Where to; else to standard output.")
 @click.option("--task", type=TaskId(), help="Only the runs of this task.")
 @db_option
-def export_command(as_csv: bool, output: Path | None, task: str | None) -> int:  # noqa: FBT001
+def export_command(as_csv: bool, output: Path | None, task: str | None) -> int:
     """Write all runs as JSON lines, in the order of task and attempt.
 
     `taskruns import` reads them. A FILE is complete or not there at all.
