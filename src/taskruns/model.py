@@ -27,6 +27,9 @@ MAX_ERROR_BYTES = 64 * 1024
 
 _ERROR_HEAD_BYTES = 16 * 1024
 
+SUPERSEDED = "run outcome not observed (a later attempt started first)"
+"""The error of a run whose supervisor has started the task again without telling how it ended."""
+
 
 class TaskPhase(StrEnum):
     """Where a task stands; a stored run is ``RUNNING`` or one of the terminal phases."""
