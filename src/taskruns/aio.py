@@ -95,6 +95,25 @@ class AsyncTaskRunRepository:
             finished_at=finished_at,
         )
 
+    async def recover(
+        self,
+        *,
+        stale_after: float | None = STALE_AFTER,
+        unsupervised_after: float | None = None,
+        dry_run: bool = False,
+    ) -> list[TaskRun]:
+        """Close the active runs of dead supervisors, and return them: see :meth:`TaskRunHistory.recover`."""
+        return await self._call(
+            TaskRunRepository.recover,
+            stale_after=stale_after,
+            unsupervised_after=unsupervised_after,
+            dry_run=dry_run,
+        )
+
+    async def supervisors(self) -> list[Supervisor]:
+        """Return the processes that are registered to watch over runs, in the order they came."""
+        return await self._call(TaskRunRepository.supervisors)
+
     async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are: see :meth:`TaskRunRepository.add_runs`."""
         return await self._call(TaskRunRepository.add_runs, runs)
@@ -124,25 +143,6 @@ class AsyncTaskRunRepository:
     async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
         """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
         return await self._call(TaskRunRepository.tasks, limit=limit, after=after)
-
-    async def recover(
-        self,
-        *,
-        stale_after: float | None = STALE_AFTER,
-        unsupervised_after: float | None = None,
-        dry_run: bool = False,
-    ) -> list[TaskRun]:
-        """Close the active runs of dead supervisors, and return them: see :meth:`TaskRunHistory.recover`."""
-        return await self._call(
-            TaskRunRepository.recover,
-            stale_after=stale_after,
-            unsupervised_after=unsupervised_after,
-            dry_run=dry_run,
-        )
-
-    async def supervisors(self) -> list[Supervisor]:
-        """Return the processes that are registered to watch over runs, in the order they came."""
-        return await self._call(TaskRunRepository.supervisors)
 
 
 class AsyncTaskRunHistory:

@@ -6,7 +6,7 @@ The record and its phases follow the ``TaskRun`` of the Solti task model.
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Self
@@ -100,8 +100,8 @@ class TaskRun:
     """What ties the attempts of one submission together."""
     source_attempt: int | None = None
     """The source's own attempt counter, which may start again at 1."""
-    supervisor_id: int | None = None
-    """Who watches over the run while it is active."""
+    supervisor_id: int | None = field(default=None, compare=False)
+    """Who watches over the run while it is active. Equal runs may have different ones."""
 
     def __post_init__(self) -> None:
         # These hold for every stored run, as constraints of the table; so a reader never trips over them.

@@ -67,9 +67,11 @@ class TaskRunRepository:
             engine.lock_task(self._connection, task_id)
         if self._watch is None:
             return open_start(self._connection, start)
-        run = open_start(self._connection, start.watched_by(self._watch.attend(self._connection)))
-        supersede(self._connection, run, self._watch.superseded_by(run))
-        self._watch.opened.append(run)
+        start = start.watched_by(self._watch.attend(self._connection))
+        run = open_start(self._connection, start)
+        if run.is_active and run.supervisor_id == start.run.supervisor_id:
+            supersede(self._connection, run, self._watch.superseded_by(run))
+            self._watch.opened.append(run)
         return run
 
     def close_run(

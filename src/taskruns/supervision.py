@@ -67,6 +67,10 @@ class Supervision:
         self._heart: threading.Thread | None = None
 
     @property
+    def _number(self) -> int | None:
+        return None if self._url is None else self._id
+
+    @property
     def is_new(self) -> bool:
         """Whether it has to be registered."""
         return self._url is not None and self._beaten_at is None
@@ -86,11 +90,9 @@ class Supervision:
 
         None if nobody else can see the database.
         """
-        if self._url is None:
-            return None
-        if self._beaten_at is None or _clock() - self._beaten_at > self._interval:
+        if self._url is not None and (self._beaten_at is None or _clock() - self._beaten_at > self._interval):
             self._beat(connection)
-        return self._id
+        return self._number
 
     def _beat(self, connection: Connection) -> None:
         began_at = _clock()
@@ -168,7 +170,7 @@ class Supervision:
 
     def opened(self, run: TaskRun, *, is_certain: bool = False) -> None:
         """Watch over a run, and no more over those it supersedes."""
-        if not run.is_active:
+        if not (run.is_active and run.supervisor_id == self._number):
             return
         for attempt in self.superseded_by(run):
             self.closed(run.task_id, attempt)

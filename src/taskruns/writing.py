@@ -81,7 +81,8 @@ def open_alone(connection: Connection, start: Start, *, lost: bool, superseded: 
         connection.rollback()
     with engine.transaction(connection, lock=start.run.task_id):
         run = (_find(connection, start) if lost else None) or open_start(connection, start)
-        supersede(connection, run, superseded)
+        if run.is_active and run.supervisor_id == start.run.supervisor_id:  # else it has been told before
+            supersede(connection, run, superseded)
         return run
 
 
