@@ -62,6 +62,7 @@ class AsyncTaskRunRepository:
         source: str | None = None,
         submission: str | None = None,
         source_attempt: int | None = None,
+        again: bool = False,
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
         return await self._call(
@@ -72,6 +73,7 @@ class AsyncTaskRunRepository:
             source=source,
             submission=submission,
             source_attempt=source_attempt,
+            again=again,
         )
 
     async def close_run(

@@ -49,11 +49,13 @@ class TaskRunRepository:
         source: str | None = None,
         submission: str | None = None,
         source_attempt: int | None = None,
+        again: bool = False,
     ) -> TaskRun:
         """Record that a run has started, and return it.
 
         Without ``attempt`` it gets the task's last number plus one. The same start told twice (task, attempt and
-        ``started_at``) gives the stored run. On PostgreSQL other openings of the task wait for this transaction.
+        ``started_at``) gives the stored run; without an attempt it does if it is told ``again``, as after an answer
+        that was lost. On PostgreSQL other openings of the task wait for this transaction.
 
         Raises:
             RunExistsError: the attempt was opened by another start.
@@ -66,12 +68,13 @@ class TaskRunRepository:
         if attempt is None:
             engine.lock_task(self._connection, task_id)
         if self._watch is None:
-            return open_start(self._connection, start)
+            return open_start(self._connection, start, again=again)
         start = start.watched_by(self._watch.attend(self._connection))
-        run = open_start(self._connection, start)
+        superseded = self._watch.superseded_by(start)
+        run = open_start(self._connection, start, again=again)
         if run.is_active and run.supervisor_id == start.run.supervisor_id:
-            supersede(self._connection, run, self._watch.superseded_by(run))
-            self._watch.opened.append(run)
+            supersede(self._connection, run, superseded)
+            self._watch.opened(run, superseded)
         return run
 
     def close_run(

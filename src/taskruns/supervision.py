@@ -2,12 +2,11 @@
 
 import logging
 import os
-import random
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 from sqlalchemy import URL, Connection
@@ -31,6 +30,8 @@ _JITTER = 0.1
 
 _ID_BITS = 53
 """Bits of a supervisor's number: as many as a number of JavaScript holds. Drawn at random, none is used twice."""
+
+_random = secrets.SystemRandom()  # not of the seed that the program may have set
 
 _log = logging.getLogger("taskruns")
 
@@ -60,7 +61,7 @@ class Supervision:
     def begin_anew(self) -> None:
         """Be a supervisor that has no runs and is not registered."""
         self._lock = threading.Lock()
-        self._id = secrets.randbits(_ID_BITS)
+        self._id = _random.getrandbits(_ID_BITS)
         self._process: Process | None = None
         self._beaten_at: float | None = None
         self._active: dict[str, dict[int, _Watched]] = {}
@@ -122,8 +123,9 @@ class Supervision:
         """
         start = start.watched_by(self.attend(connection))
         connection.commit()
-        run = open_alone(connection, start, lost=lost, superseded=self.superseded_by(start.run))
-        self.opened(run, is_certain=is_certain)
+        superseded = self.superseded_by(start)
+        run = open_alone(connection, start, lost=lost, superseded=superseded)
+        self.opened(run, superseded=superseded, is_certain=is_certain)
         return run
 
     def close(
@@ -158,21 +160,23 @@ class Supervision:
                 self._live()
         return effects
 
-    def superseded_by(self, run: TaskRun) -> list[int]:
+    def superseded_by(self, start: Start) -> list[int]:
         """Return the attempts of the task that a start shows to be over: a later start by the same supervisor."""
         with self._lock:
-            watched = self._active.get(run.task_id, {})
+            watched = self._active.get(start.run.task_id, {})
+            if start.numbered and start.run.attempt in watched:
+                return []  # told again
             return [
                 attempt
                 for attempt, (started_at, is_certain) in watched.items()
-                if not is_certain and started_at < run.started_at
+                if not is_certain and started_at < start.run.started_at
             ]
 
-    def opened(self, run: TaskRun, *, is_certain: bool = False) -> None:
-        """Watch over a run, and no more over those it supersedes."""
+    def opened(self, run: TaskRun, *, superseded: Collection[int] = (), is_certain: bool = False) -> None:
+        """Watch over a run that was opened here, and no more over those that it has superseded."""
         if not (run.is_active and run.supervisor_id == self._number):
             return
-        for attempt in self.superseded_by(run):
+        for attempt in superseded:
             self.closed(run.task_id, attempt)
         with self._lock:
             self._active.setdefault(run.task_id, {})[run.attempt] = (run.started_at, is_certain)
@@ -195,13 +199,14 @@ class Supervision:
     def _beat_on(self) -> None:
         """Beat while there is an active run, through connections of its own: those of the pool may all be in use."""
         assert self._url is not None  # noqa: S101  (for mypy: or there were no heart)
-        own = engine.create(self._url)
+        own = None
         while True:
-            time.sleep(self._interval * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  (no secret)
+            time.sleep(self._interval * _random.uniform(1 - _JITTER, 1 + _JITTER))
             with self._lock:
                 if not (self._active or any(stream.is_active for stream in self._streams)):
                     self._heart = None
                     return
+            own = own or engine.create(self._url)
             try:
                 with own.connect() as connection:
                     self._beat(connection)
@@ -215,26 +220,29 @@ class Watch:
 
     def __init__(self, supervision: Supervision) -> None:
         self._supervision = supervision
-        self.opened: list[TaskRun] = []
+        self._opened: list[tuple[TaskRun, list[int]]] = []
         self.closed: list[tuple[str, int]] = []
 
     def attend(self, connection: Connection) -> int | None:
         """Have the supervisor attend: see :meth:`Supervision.attend`."""
         return self._supervision.attend(connection)
 
-    def superseded_by(self, run: TaskRun) -> list[int]:
+    def superseded_by(self, start: Start) -> list[int]:
         """Return the attempts that a start shows to be over, those of this transaction too."""
-        opened = [
-            earlier.attempt
-            for earlier in self.opened
-            if earlier.task_id == run.task_id and earlier.started_at < run.started_at
-        ]
-        return [*self._supervision.superseded_by(run), *opened]
+        here = [run for run, _ in self._opened if run.task_id == start.run.task_id]
+        if start.numbered and any(run.attempt == start.run.attempt for run in here):
+            return []  # told again
+        earlier = [run.attempt for run in here if run.started_at < start.run.started_at]
+        return [*self._supervision.superseded_by(start), *earlier]
+
+    def opened(self, run: TaskRun, superseded: list[int]) -> None:
+        """Take note of a run that was opened, and of those that it has superseded."""
+        self._opened.append((run, superseded))
 
     def committed(self) -> None:
         """Take it over."""
-        for run in self.opened:
-            self._supervision.opened(run)
+        for run, superseded in self._opened:
+            self._supervision.opened(run, superseded=superseded)
         for task_id, attempt in self.closed:
             self._supervision.closed(task_id, attempt)
 

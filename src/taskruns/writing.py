@@ -80,7 +80,7 @@ def open_alone(connection: Connection, start: Start, *, lost: bool, superseded: 
             return run
         connection.rollback()
     with engine.transaction(connection, lock=start.run.task_id):
-        run = (_find(connection, start) if lost else None) or open_start(connection, start)
+        run = open_start(connection, start, again=lost)
         if run.is_active and run.supervisor_id == start.run.supervisor_id:  # else it has been told before
             supersede(connection, run, superseded)
         return run
@@ -94,8 +94,13 @@ def supersede(connection: Connection, run: TaskRun, attempts: Collection[int]) -
             connection.execute(statements.recover_run(supervised=False), key_of(run.task_id, attempt) | values)
 
 
-def open_start(connection: Connection, start: Start) -> TaskRun:
-    """Open a run in the caller's transaction, which had better hold the task's lock."""
+def open_start(connection: Connection, start: Start, *, again: bool = False) -> TaskRun:
+    """Open a run in the caller's transaction, which had better hold the task's lock.
+
+    ``again``: it may have been opened before.
+    """
+    if again and (found := _find(connection, start)) is not None:
+        return found
     for _ in range(_TRIES):
         run = _try(connection, start)
         if run is not None:
