@@ -30,11 +30,8 @@ def examine(option: str | None) -> Findings:
         return
     yield Finding("database", "ok", f"{here} ({here.named_by})")
     named = [] if option is None or _is_secret(here) else ["--db", _text(here)]
-    account = pwd.getpwuid(os.getuid())
-    # cron has HOME from the password file, whatever it is here.
-    environment = {
-        "HOME": account.pw_dir, "LOGNAME": account.pw_name, "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"
-    }  # fmt: skip
+    own = account()
+    environment = {"HOME": own.pw_dir, "LOGNAME": own.pw_name, "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
     try:
         done = run(shlex.join([*program(), *named, "doctor", "--json"]), environment)
         there = [Finding(**json.loads(line)) for line in done.stdout.splitlines()]
@@ -58,6 +55,11 @@ def examine(option: str | None) -> Findings:
         if finding.status == "problem":
             yield Finding(f"cron: {finding.check}", "problem", finding.message, finding.advice)
     yield Finding("crontab", "ok", line([*program(), *named, "exec", "backup", "--", "/path/to/backup"]))
+
+
+def account() -> pwd.struct_passwd:
+    """Return this user's line of the password file, from which cron has HOME, whatever it is here."""
+    return pwd.getpwuid(os.getuid())
 
 
 def run(command: str, environment: Mapping[str, str]) -> "CompletedProcess[str]":

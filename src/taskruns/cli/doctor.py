@@ -4,6 +4,7 @@ import os
 import platform
 import queue
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -53,6 +54,8 @@ def doctor_command(cron: bool, as_json: bool) -> int:
     The exit status is 1 if there is a problem. Nothing is changed.
     """
     option = click.get_current_context().find_root().obj
+    if cron and sys.platform == "win32":
+        raise click.UsageError("--cron needs Linux or macOS")
     if cron:
         from taskruns.cli import crontab  # noqa: PLC0415  (there is none on Windows)
 
@@ -111,14 +114,15 @@ def examine(option: str | None) -> Findings:
 
 def _unbroken(check: Callable[[Database], Iterable[Finding]], database: Database) -> Findings:
     """Turn what goes wrong in a check into a problem; what is a fault of this program stays an error."""
+    name = check.__name__.removeprefix("sqlite_")
     try:
         yield from check(database)
     except click.ClickException as error:
-        yield Finding("database", "problem", error.format_message(), "correct it")
+        yield Finding(name, "problem", error.format_message(), "correct it")
     except Exception as error:
         if (line := advice(error)) is None:
             raise
-        yield Finding("database", "problem", line)
+        yield Finding(name, "problem", line)
 
 
 def program() -> Findings:
@@ -170,7 +174,11 @@ def state_directory() -> Findings:
     elif given := os.environ.get("STATE_DIRECTORY"):  # systemd's, of which there may be several
         path = Path(given.split(":")[0]) / "taskruns"
     else:
-        path = user_state_path("taskruns")
+        try:
+            path = user_state_path("taskruns")
+        except RuntimeError as error:  # no home directory
+            yield Finding("state", "problem", str(error), "name a directory by TASKRUNS_STATE_DIR")
+            return
     nearest = existing(path)
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         yield Finding("state", "ok", f"{path} is writable" if nearest == path else f"{path} can be made")
@@ -213,7 +221,7 @@ def has_wal_reset_bug(library: tuple[int, ...]) -> bool:
     )
 
 
-def contents(database: Database) -> Findings:
+def reachable(database: Database) -> Findings:
     """Connect, and look into the database."""
     backend = database.url.get_backend_name()
     with database.options_checked():
@@ -225,7 +233,7 @@ def contents(database: Database) -> Findings:
     driver: Any = own.dialect.dbapi
     if backend != "sqlite":
         yield Finding("driver", "ok", f"{driver.__name__} {driver.__version__}")
-    if is_file(database.url) and not Path(str(database.url.database)).is_file():
+    if is_file(database.url) and not os.path.isfile(str(database.url.database)):  # noqa: PTH113  (as in existing())
         return  # which has been said
     try:
         with database.options_checked():
@@ -323,7 +331,7 @@ def sqlite_pages(connection: Connection) -> Findings:
         yield Finding("journal", "note", f"the journal mode is {mode}, not wal: the next writer changes that")
 
 
-OF_DATABASE: Sequence[Callable[[Database], Iterable[Finding]]] = (sqlite_file, sqlite_library, contents)
+OF_DATABASE: Sequence[Callable[[Database], Iterable[Finding]]] = (sqlite_file, sqlite_library, reachable)
 """Checks of a database that need no connection, and the one that connects."""
 
 OF_CONTENTS: Sequence[Callable[[Connection], Iterable[Finding]]] = (sqlite_pages, tables, runs)

@@ -29,7 +29,7 @@ class Finding:
         """Print it as a line for people."""
         words = self.message if self.advice is None else f"{self.message}; {self.advice}"
         line = Text(f"{self.status:<9}", style=_STYLES[self.status])
-        line += Text(f"{self.check:<14}", style="bold") + Text(printable(words))
+        line += Text(f"{self.check:<13} ", style="bold") + Text(printable(words))
         Console(highlight=False, soft_wrap=True).print(line)
 
     def print_json(self) -> None:

@@ -57,14 +57,18 @@ def mount_of(path: Path) -> tuple[Path, str]:
 
 
 def _mounts() -> Iterator[tuple[Path, str]]:
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
+    for line in mountinfo().splitlines():
         mounted, _, source = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mounted.split(" ")[4])
         yield Path(point), source.split(" ")[0]
+
+
+def mountinfo() -> str:
+    """Return what the kernel says of the mounts; nothing where it is not Linux."""
+    try:
+        return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
 
 
 def in_container() -> bool:
@@ -136,7 +140,7 @@ def writable(path: Path) -> Findings:
 
 def existing(path: Path) -> Path:
     """Return the path, or the nearest one above it that exists."""
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # noqa: PTH110  (false where this user may not look)
         path = path.parent
     return path
 
