@@ -406,6 +406,7 @@ def test_user_who_may_not_write_is_told_so(sqlite: str) -> None:
         check, message = told
         assert {"state", check} <= set(problems(one))
         assert message in " ".join(finding["message"] or "" for finding in one if finding["check"] == check)
+        assert "journal" not in {finding["check"] for finding in one}
 
 
 def test_state_directory(shell: Shell, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,6 +513,19 @@ def test_link_is_followed_to_where_the_file_lies(shell: Shell, monkeypatch: pyte
     assert "place" in problems(examined(shell, "--db", f"{tmp_path}/link/x.db"))
 
 
+def test_temporary_files_are_noted(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "mountinfo", lambda: MOUNTS)
+    place = the(examined(shell, "--db", "/var/tmp/x.db"), "place")
+    assert (place["status"], "temporary" in (place["message"] or "")) == ("note", True)
+
+
+def test_disk_that_is_full_is_a_problem(shell: Shell, sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "LEAST_FREE", 1 << 60)
+    found = examined(shell, "--db", sqlite)
+    assert problems(found) == ["space"]
+    assert re.match(r"the disk has only \d+(\.\d)? [MG]B left", the(found, "space")["message"] or "")
+
+
 def test_system_without_mountinfo_says_nothing(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "mountinfo", lambda: "")
     assert "place" not in {finding["check"] for finding in examined(shell, "--db", "/srv/x.db")}
@@ -613,6 +627,20 @@ def test_program_that_does_not_start_under_cron_is_a_problem(
     found = parsed(shell("doctor", "--cron", "--json"))
     assert problems(found) == ["cron"]
     assert "not found" in (the(found, "cron")["message"] or "")
+
+
+def test_home_that_cron_has_otherwise(
+    shell: Shell, home: Home, account: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "another"))  # as after `sudo -E`
+    answer = shell("doctor", "--cron")
+    assert answer.status == 1
+    assert f"another one: HOME is {home.path} there" in answer.out
+    assert f" --db {tmp_path}/another/.local/share/taskruns/taskruns.db " in line_of(answer)
+    shutil.rmtree(home.path)
+    found = parsed(shell("doctor", "--cron", "--json"))
+    assert problems(found) == ["cron"]
+    assert str(home.path) in (the(found, "cron")["message"] or "")
 
 
 def test_program_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def _server(connection: Connection) -> str:
 
 def _remedy(backend: str) -> str:
     if backend == "sqlite":
-        return "see whether the file is an SQLite database and nobody locks it; if it is damaged, take a backup"
+        return "see whether the file is an SQLite database and nobody locks it; if it is damaged, restore a backup"
     return "see whether the server runs, and correct host, port, name, user or password in the URL"
 
 
@@ -327,7 +327,10 @@ def sqlite_pages(connection: Connection) -> Findings:
     much = free * of > MUCH_FREE and free * 2 > pages
     message = f"{size(pages * of)}, {size(free * of)} of them free"
     yield Finding("size", "note" if much else "ok", message, "`sqlite3 FILE VACUUM` gives them back" if much else None)
-    if mode != "wal":
+    path = connection.exec_driver_sql("PRAGMA database_list").one()[2]
+    # A reader who may not write is told of another mode than the file's, see engine.py.
+    is_told = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)  # noqa: PTH120  (may be empty)
+    if mode not in ("wal", "memory") and pages and is_told:
         yield Finding("journal", "note", f"the journal mode is {mode}, not wal: the next writer changes that")
 
 

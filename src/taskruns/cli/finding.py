@@ -28,8 +28,8 @@ class Finding:
     def print(self) -> None:
         """Print it as a line for people."""
         words = self.message if self.advice is None else f"{self.message}; {self.advice}"
-        line = Text(f"{self.status:<9}", style=_STYLES[self.status])
-        line += Text(f"{self.check:<13} ", style="bold") + Text(printable(words))
+        status = (f"{self.status:<8} ", _STYLES[self.status])
+        line = Text.assemble(status, (f"{self.check:<13} ", "bold"), printable(words))
         Console(highlight=False, soft_wrap=True).print(line)
 
     def print_json(self) -> None:
