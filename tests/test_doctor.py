@@ -155,6 +155,7 @@ def test_broken_configuration_is_a_problem(shell: Shell, home: Home, text: str) 
     found = examined(shell)
     assert problems(found) == ["configuration"]
     assert str(path) in (the(found, "configuration")["message"] or "")
+    assert "database" not in {finding["check"] for finding in found}  # commands do not go on to the next place
     assert "geheim" not in json.dumps(found)
 
 
@@ -511,6 +512,15 @@ def test_link_is_followed_to_where_the_file_lies(shell: Shell, monkeypatch: pyte
     monkeypatch.setattr(storage, "mountinfo", lambda: MOUNTS)
     (tmp_path / "link").symlink_to("/srv/nfs")
     assert "place" in problems(examined(shell, "--db", f"{tmp_path}/link/x.db"))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_layers_matter_as_the_root_of_a_container(shell: Shell, monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
+    mounts = "1 0 0:1 / / rw - overlay none rw\n2 1 0:2 / /srv/layer rw - overlay none rw\n"
+    monkeypatch.setattr(storage, "mountinfo", lambda: mounts)
+    monkeypatch.setattr(storage, "in_container", lambda: inside)
+    assert ("place" in problems(examined(shell, "--db", "/srv/x.db"))) == inside
+    assert "place" not in problems(examined(shell, "--db", "/srv/layer/x.db"))
 
 
 def test_temporary_files_are_noted(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
