@@ -314,6 +314,16 @@ def active_runs(task_id: str | None = None) -> Select[Any]:
     return query if task_id is None else query.where(_C.task_id == task_id)
 
 
+def active_count() -> Select[Any, Any]:
+    """Select the number of active runs, and when the oldest of them started."""
+    return select(func.count(), func.min(_C.started_at)).where(_C.finished_at.is_(None))
+
+
+def oldest_runs(*, limit: int) -> Select[Any]:
+    """Select when the oldest runs of all tasks started and finished: some entries of the index, never the table."""
+    return select(_C.started_at, _C.finished_at).order_by(_C.started_at).limit(limit)
+
+
 def tasks(*, walk: bool, lateral: bool = False, limit: int | None = None, after: str | None = None) -> Select[Any]:
     """Select the latest run of every task, in the order of the task ids, those greater than ``after``.
 

@@ -22,6 +22,7 @@ _COMMANDS = {
     "export": "transfer",
     "import": "transfer",
     "db": "db",
+    "doctor": "doctor",
     "completion": "completion",
 }
 
