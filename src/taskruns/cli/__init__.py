@@ -21,6 +21,8 @@ _COMMANDS = {
     "ingest": "ingest",
     "export": "transfer",
     "import": "transfer",
+    "supervisors": "supervisors",
+    "recover": "supervisors",
     "db": "db",
     "doctor": "doctor",
     "completion": "completion",
