@@ -185,7 +185,7 @@ class AsyncTaskRunHistory:
         options = engine.engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
         with engine.checked_options(parsed):
             own = create_async_engine(options.pop("url"), **options)
-        engine.prepared(own.sync_engine, parsed, read_only=read_only)
+        engine.prepared(own.sync_engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
         return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat)
 
     async def dispose(self) -> None:

@@ -81,7 +81,7 @@ class TaskRunHistory:
                 behind PgBouncer).
             source: What runs are marked with; the host's name unless given.
             read_only: Open an SQLite file, which must exist, to read it only; on a server the role decides.
-            lock_timeout: Seconds to wait for another writer of an SQLite file.
+            lock_timeout: Seconds to wait for another writer, who holds a lock (not behind PgBouncer).
             retry_for: Seconds for which a call goes on trying after a transient error.
             on_retry: Called with each transient error before the next try.
             heartbeat: Seconds between two signs of life, while a run that was opened here is active.

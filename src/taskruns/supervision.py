@@ -17,6 +17,7 @@ from taskruns.errors import RunClosedError, RunNotFoundError
 from taskruns.events import Event
 from taskruns.liveness import Process
 from taskruns.model import Outcome, TaskRun
+from taskruns.retrying import is_lost, is_refusal
 from taskruns.stream import Stream
 from taskruns.timeline import Effect
 from taskruns.url import is_in_memory
@@ -83,7 +84,9 @@ class Supervision:
         assert self._process is not None  # noqa: S101  (for mypy: it has beaten)
         try:
             recovery.recover(connection, self._process, stale_after=None)
-        except SQLAlchemyError:
+        except SQLAlchemyError as error:
+            if is_lost(error) or is_refusal(error):
+                raise  # the run that is to be opened would have to wait for the same
             _log.debug("the runs of the dead are left to others", exc_info=True)
 
     def attend(self, connection: Connection) -> int | None:
