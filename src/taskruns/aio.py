@@ -319,7 +319,11 @@ class AsyncTaskRunHistory:
         limits = {"stale_after": stale_after, "unsupervised_after": unsupervised_after}
         if dry_run:
             return await self._ask(lambda runs: runs.recover(dry_run=True, **limits))
-        return await self._call(lambda connection, _lost: recovery.recover(connection, Process.here(), **limits))
+        closed: list[TaskRun] = []  # outside, as a second try does not find what the first has closed
+        await self._call(
+            lambda connection, _lost: closed.extend(recovery.recover(connection, Process.here(), **limits))
+        )
+        return closed
 
     async def supervisors(self) -> list[Supervisor]:
         """Return the processes that are registered to watch over runs, in the order they came."""

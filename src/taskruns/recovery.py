@@ -101,20 +101,19 @@ def recover(
     *,
     stale_after: float | None = STALE_AFTER,
     unsupervised_after: float | None = None,
-) -> list[TaskRun]:
-    """Close the runs that are lost, and remove dead supervisors, in transactions of its own; return these runs."""
+) -> Iterator[TaskRun]:
+    """Close the runs that are lost, and remove dead supervisors, in transactions of its own; yield these runs."""
     losses = find_losses(connection, here, stale_after=stale_after, unsupervised_after=unsupervised_after)
     connection.commit()
-    closed = []
     for runs in _portions(losses.runs):
         with engine.transaction(connection):
-            closed += close(connection, runs)
+            closed = close(connection, runs)
+        yield from closed
     for dead in _portions(losses.supervisors):
         with engine.transaction(connection):
             for supervisor in dead:
                 given = {"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at}
                 connection.execute(statements.remove_silent_supervisor(), given)
-    return closed
 
 
 def _portions(values: Iterable[T]) -> Iterator[list[T]]:

@@ -55,7 +55,6 @@ class Supervision:
         self._url = None if is_in_memory(url) else url
         self._source = source
         self._interval = interval
-        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.begin_anew()
         _all.add(self)
 
@@ -66,6 +65,7 @@ class Supervision:
         self._process: Process | None = None
         self._beaten_at: float | None = None
         self._active: dict[str, dict[int, _Watched]] = {}
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._heart: threading.Thread | None = None
 
     @property
@@ -83,7 +83,8 @@ class Supervision:
         connection.commit()
         assert self._process is not None  # noqa: S101  (for mypy: it has beaten)
         try:
-            recovery.recover(connection, self._process, stale_after=None)
+            for run in recovery.recover(connection, self._process, stale_after=None):
+                _log.debug("recovered attempt %d of task %r", run.attempt, run.task_id)
         except SQLAlchemyError as error:
             if is_lost(error) or is_refusal(error):
                 raise  # the run that is to be opened would have to wait for the same
