@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from taskruns import bulk, engine, migrate
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.engine import check_prepared
+from taskruns.engine import check_prepared, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.history import PAGE, RETRY_FOR, Operation
@@ -137,7 +137,7 @@ class AsyncTaskRunHistory:
         self.on_retry = on_retry
         self.source = socket.gethostname() if source is None else source
         self._retry_for = retry_for
-        self._outage = Outage()
+        self._outage = Outage(url_of(engine.sync_engine))
         self._is_current = False
 
     @classmethod
@@ -312,14 +312,19 @@ class AsyncTaskRunHistory:
                     handle.run = await self.open_run(
                         task_id, started_at=handle.started_at, source=source, submission=submission
                     )
+            if handle.run is None:
+                await asyncio.to_thread(
+                    self._outage.keep_start, handle, task_id, self.source if source is None else source, submission
+                )
             return handle
 
         async def end(handle: RecordedRun, exception: BaseException | None) -> None:
-            if handle.run is None or (on_error == "warn" and self._outage.is_on):
-                return
-            with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
-                outcome = handle.outcome(exception)
-                handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+            if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
+                with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                    outcome = handle.outcome(exception)
+                    handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+                    return
+            await asyncio.to_thread(self._outage.keep_end, handle, task_id, exception)
 
         return AsyncRecording(begin, end)
 

@@ -109,7 +109,7 @@ def prepared(engine: Engine, url: URL, *, read_only: bool) -> Engine:
     """Install what the engine's connections need, and make it safe to fork."""
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine, url, read_only=read_only)
-    _engines.add(engine)
+    _engines[engine] = None if read_only else url
     return engine
 
 
@@ -117,6 +117,11 @@ def check_prepared(engine: Engine) -> None:
     """Refuse an engine of another make: what is written through it might never be committed."""
     if engine not in _engines:
         raise ValueError("a history makes its own engine, see connect(); TaskRunRepository takes a connection of yours")
+
+
+def url_of(engine: Engine) -> URL | None:
+    """Return what an engine was made from; None if it only reads."""
+    return _engines.get(engine)
 
 
 def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
@@ -255,7 +260,7 @@ def _lock_name(connection: Connection, task_id: str) -> str:
     return "taskruns:" + hashlib.sha256(f"{database}\0{task_id}".encode()).hexdigest()[:40]
 
 
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_engines: weakref.WeakKeyDictionary[Engine, URL | None] = weakref.WeakKeyDictionary()
 _inherited: list[object] = []
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import URL, Connection, Engine
 
 from taskruns import bulk, engine, migrate
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.engine import check_prepared
+from taskruns.engine import check_prepared, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.model import Outcome, TaskPhase, TaskRun
@@ -54,7 +54,7 @@ class TaskRunHistory:
         self.on_retry = on_retry
         self.source = socket.gethostname() if source is None else source
         self._retry_for = retry_for
-        self._outage = Outage()
+        self._outage = Outage(url_of(engine))
         self._is_current = False
 
     @classmethod
@@ -243,14 +243,17 @@ class TaskRunHistory:
                     handle.run = self.open_run(
                         task_id, started_at=handle.started_at, source=source, submission=submission
                     )
+            if handle.run is None:
+                self._outage.keep_start(handle, task_id, self.source if source is None else source, submission)
             return handle
 
         def end(handle: RecordedRun, exception: BaseException | None) -> None:
-            if handle.run is None or (on_error == "warn" and self._outage.is_on):
-                return
-            with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
-                outcome = handle.outcome(exception)
-                handle.run = self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+            if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
+                with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                    outcome = handle.outcome(exception)
+                    handle.run = self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+                    return
+            self._outage.keep_end(handle, task_id, exception)
 
         return Recording(begin, end)
 
