@@ -155,7 +155,7 @@ def replay(engine: Engine, url: URL, *, seconds: float | None = None, wait: bool
                     replayed.left.append(path)
                 continue
             try:
-                with os.fdopen(os.dup(descriptor), "rb") as file:
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
                     replaying.replay_file(path, file)
             finally:
                 spool.release(descriptor)
