@@ -171,9 +171,9 @@ def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | Non
     chosen = database()
     with chosen.options_checked():
         sink = Sink(chosen.url, source)
+        lines = _Input(file)  # before the database is waited for: the supervisor does not wait
+        lines.heed_signals()
         sink.open()
-    lines = _Input(file)
-    lines.heed_signals()
     with closing(sink), Rejects(rejects) as kept:
         ingestion = _Ingestion(sink, kept, is_acknowledged=ack)
         try:

@@ -76,8 +76,8 @@ class Sink:
         """
         try:
             self._database.call(self._history.prepare, PATIENCE)
-            if spool.files(self._url):
-                self._database.call(self._replay, PATIENCE)
+            if spool.files(self._url) and not self._database.call(self._replay, PATIENCE).is_complete:
+                self.is_out, self._cause = True, "what an earlier process has left comes first"
         except Exception as error:
             if not _is_passing(error):
                 raise
@@ -123,12 +123,12 @@ class Sink:
     def _catch_up(self) -> bool:
         """Replay the rest while the events wait."""
         try:
-            self._database.call(self._replay, PATIENCE)
+            replayed = self._database.call(self._replay, PATIENCE)
         except Exception:  # noqa: BLE001  (whatever it is, it is tried again)
             self._try_at = time.monotonic() + PAUSE
             return False
-        if self._spool.remaining():
-            self._try_at = time.monotonic() + PAUSE  # somebody else is replaying it
+        if self._spool.remaining() or not replayed.is_complete:
+            self._try_at = time.monotonic() + PAUSE  # somebody else is at it, or there is much
             return False
         self.is_out = self._is_said = False
         complain("the database can be used again")
