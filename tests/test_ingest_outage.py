@@ -1,6 +1,7 @@
 """`taskruns ingest` without its database: it reads on, keeps what it is told, and loses nothing of it."""
 
 import signal
+import socket
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,9 @@ from test_ingest import (
     written,
 )
 
-from taskruns import spool
+from taskruns import replay, spool
 from taskruns.cli import sink
+from taskruns.url import parse_url
 
 __all__ = ["home", "ingest", "shell"]  # fixtures
 
@@ -109,6 +111,21 @@ def test_server_that_is_not_there_at_the_start_is_no_reason_to_read_nothing(shel
     assert "events are kept in " in answer.err
     assert len(answer.err.splitlines()) == 2
     assert [waiting.events for waiting in spool.waiting()] == [2]
+
+
+def test_what_was_left_comes_first_even_if_it_takes_long(
+    shell: Shell, sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = many(20)
+    spool.Spool(parse_url(sqlite)).add_events(socket.gethostname(), events[:15])
+    monkeypatch.setattr(sink, "_REPLAY_FOR", 0)
+    monkeypatch.setattr(replay, "_LINES", 4)
+    answer = shell("ingest", "--db", sqlite, written(tmp_path / "events", encoded(*events[15:])))
+    assert answer.status == 0
+    assert "what an earlier process has left comes first" in answer.err
+    assert 0 < len(all_runs(sqlite)) < len(clean_pass(events))
+    assert shell("replay", "--db", sqlite).status == 0
+    assert shown(all_runs(sqlite)) == shown(clean_pass(events))
 
 
 def test_without_a_spool_it_reads_on_and_acknowledges_no_more(

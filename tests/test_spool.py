@@ -551,13 +551,16 @@ def assert_each_is_there_once(kept: Kept, count: int) -> None:
 def test_killed_replays_lose_and_double_nothing(kept: Kept) -> None:
     count = 120
     expect(kept, count)
+    [path] = kept.files
+    content = path.read_bytes()
     chance = random.Random(8)
     for _ in range(4):
+        path.write_bytes(content)  # as if one that came to its end had been killed just before
         process = replayer(kept)
         assert process.stdout is not None
         process.stdout.readline()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(chance.random() * 0.25)
+            process.wait(chance.random() * 0.1)
         process.kill()
         process.communicate()
     kept.replay()
