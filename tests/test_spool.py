@@ -84,7 +84,6 @@ def kept(database: str) -> Iterator[Kept]:
     found = Kept(database)
     yield found
     found.engine.dispose()
-    found.spool.begin_anew()
 
 
 @pytest.fixture

@@ -226,12 +226,15 @@ class Outage:
             self._replay_at = math.inf
             return
         self._replay_at = time.monotonic() + PAUSE
-        self._replaying = threading.Thread(target=_replay, args=(self._url,), daemon=True)
+        self._replaying = threading.Thread(target=replay_quietly, args=(self._url,), daemon=True)
         self._replaying.start()
 
 
-def _replay(url: URL) -> None:
-    """Replay what is spooled, through connections of its own: the recorded code does not wait for it."""
+def replay_quietly(url: URL) -> None:
+    """Replay what is spooled for some seconds, through connections of its own; what fails is left for the next time.
+
+    It belongs into a daemon thread: a kill at any moment is harmless.
+    """
     try:
         url = with_sync_driver(url)
         own = engine.create(url)

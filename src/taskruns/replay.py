@@ -200,16 +200,17 @@ class _Replaying:
         starts: dict[spool.Identity, TaskRun] = {}
         for batch, position in self._batches(file, _number(progress), starts):
             self._write_all(batch)
-            if self._until is not None and time.monotonic() >= self._until:
+            with suppress(OSError):  # where the disk is full it is done again
                 progress.write_text(str(position), encoding="ascii")
+            if self._until is not None and time.monotonic() >= self._until:
                 self._replayed.is_complete = False
                 return
         seen = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
         error = f"run outcome not observed (supervisor {header['host']}:{header['pid']} last seen {rfc3339(seen)})"
         for run in starts.values():
             self.persist(lambda connection, run=run: _abandon(connection, run, error))  # type: ignore[misc]  # bound at once
-        path.unlink()
         progress.unlink(missing_ok=True)
+        path.unlink()
         self._replayed.files += 1
 
     def _batches(
