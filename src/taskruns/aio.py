@@ -165,7 +165,7 @@ class AsyncTaskRunHistory:
         self.source = socket.gethostname() if source is None else source
         self._supervision = Supervision(url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage()
+        self._outage = Outage(url)
         self._is_current = False
 
     @classmethod
@@ -387,14 +387,21 @@ class AsyncTaskRunHistory:
                         task_id, None, handle.started_at, self.source if source is None else source, submission, None
                     )
                     handle.run = await self._open(start, is_certain=True)
+            if handle.run is None:
+                await asyncio.to_thread(
+                    self._outage.keep_start, handle, task_id, self.source if source is None else source, submission
+                )
             return handle
 
         async def end(handle: RecordedRun, exception: BaseException | None) -> None:
-            if handle.run is None or (on_error == "warn" and self._outage.is_on):
-                return
-            with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
-                outcome = handle.outcome(exception)
-                handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+            if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
+                with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                    outcome = handle.outcome(exception)
+                    handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+                    return
+            await asyncio.to_thread(self._outage.keep_end, handle, task_id, exception)
+            if handle.run is not None:
+                self._supervision.closed(task_id, handle.run.attempt)
 
         return AsyncRecording(begin, end)
 

@@ -221,13 +221,15 @@ def get_run() -> Select[Any]:
     return select(*COLUMNS).where(*_THE_RUN)
 
 
+AMENDED = ("phase", "started_at", "finished_at", "error", "exit_code", "recovered", "start_inferred")
+
+
 @cache
 def amend_run() -> Update:
     """Store all that an event may change of a run, unless somebody else has opened or closed it meanwhile."""
-    changed = ("phase", "started_at", "finished_at", "error", "exit_code", "recovered", "start_inferred")
     was_phase = bindparam("was_phase", type_=_C.phase.type)
     was_recovered = bindparam("was_recovered", type_=_C.recovered.type)
-    values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in changed}
+    values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in AMENDED}
     return update(_T).where(*_THE_RUN, _C.phase == was_phase, _C.recovered == was_recovered).values(values)
 
 

@@ -19,6 +19,7 @@ _COMMANDS = {
     "active": "queries",
     "last": "queries",
     "ingest": "ingest",
+    "replay": "replay",
     "export": "transfer",
     "import": "transfer",
     "supervisors": "supervisors",
