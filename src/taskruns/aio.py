@@ -24,6 +24,7 @@ from taskruns.history import PAGE, RETRY_FOR, Operation
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
+from taskruns.replay import Replayed, replay
 from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stream import Stream
@@ -159,13 +160,13 @@ class AsyncTaskRunHistory:
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
     ) -> None:
-        url = url_of(engine.sync_engine)
+        self.url = url_of(engine.sync_engine)
         self._engine = engine
         self.on_retry = on_retry
         self.source = socket.gethostname() if source is None else source
-        self._supervision = Supervision(url, self.source, heartbeat)
+        self._supervision = Supervision(self.url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage(url)
+        self._outage = Outage(self.url)
         self._is_current = False
 
     @classmethod
@@ -329,6 +330,20 @@ class AsyncTaskRunHistory:
         """Return the processes that are registered to watch over runs, in the order they came."""
         return await self._ask(lambda runs: runs.supervisors())
 
+    async def replay(
+        self, *, seconds: float | None = None, wait: bool = False, stream: Stream | None = None
+    ) -> Replayed:
+        """Write what is kept in the spool of this database: see :meth:`taskruns.TaskRunHistory.replay`."""
+
+        def replay_beside() -> Replayed:
+            own = engine.create(self.url)
+            try:
+                return replay(own, self.url, supervision=self._supervision, stream=stream, seconds=seconds, wait=wait)
+            finally:
+                own.dispose()
+
+        return await asyncio.to_thread(replay_beside)
+
     async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
         return await self._ask(lambda runs: runs.get_run(task_id, attempt))
@@ -453,3 +468,8 @@ class AsyncEventRecorder:
             effects = await self._history.record_events(self._stream, checked)
             self.counts.update(effects)
         return effects
+
+    async def replay(self, *, seconds: float | None = None) -> Replayed:
+        """Write what is kept in the spool: see :meth:`taskruns.EventRecorder.replay`."""
+        async with self._lock:
+            return await self._history.replay(seconds=seconds, stream=self._stream)

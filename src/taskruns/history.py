@@ -17,6 +17,7 @@ from taskruns.events import Event
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
+from taskruns.replay import Replayed, replay
 from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stream import Stream
@@ -52,13 +53,13 @@ class TaskRunHistory:
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
     ) -> None:
-        url = url_of(engine)
+        self.url = url_of(engine)
         self._engine = engine
         self.on_retry = on_retry
         self.source = socket.gethostname() if source is None else source
-        self._supervision = Supervision(url, self.source, heartbeat)
+        self._supervision = Supervision(self.url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage(url)
+        self._outage = Outage(self.url)
         self._is_current = False
 
     @classmethod
@@ -247,6 +248,23 @@ class TaskRunHistory:
     def supervisors(self) -> list[Supervisor]:
         """Return the processes that are registered to watch over runs, in the order they came."""
         return self._ask(lambda runs: runs.supervisors())
+
+    def replay(self, *, seconds: float | None = None, wait: bool = False, stream: Stream | None = None) -> Replayed:
+        """Write what is kept in the spool of this database, and remove it there.
+
+        Files of living processes are left. A run that is replayed gets its task's next number: there the order of
+        attempts is not that of their starts.
+
+        Args:
+            seconds: The time after which no further transaction is begun; what is left waits for the next time.
+            wait: Wait for another process that is replaying, instead of leaving it to that.
+            stream: Through which the events of its source go, as more of them follow; see :class:`EventRecorder`.
+
+        Raises:
+            OSError: the files cannot be used.
+        """
+        supervision = self._supervision
+        return replay(self._engine, self.url, supervision=supervision, stream=stream, seconds=seconds, wait=wait)
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""

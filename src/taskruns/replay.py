@@ -1,5 +1,6 @@
 """Writes into a database what was kept for it while it was out of use: once, in order, however often it is begun."""
 
+import hashlib
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum, auto
 from itertools import groupby
@@ -17,14 +18,16 @@ from typing import Any, BinaryIO, Self
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import DataError, IntegrityError
 
-from taskruns import engine as engines, migrate, spool, statements
+from taskruns import engine as engines, migrate, recovery, spool, statements
 from taskruns.errors import RunClosedError, TaskRunsError
 from taskruns.events import Event
-from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_name, checked_number
+from taskruns.liveness import ID_BITS, Process
+from taskruns.model import MAX_ATTEMPT, Outcome, TaskRun, checked_name, checked_number
 from taskruns.retrying import Retry, cause_of
 from taskruns.stream import Stream
+from taskruns.supervision import Supervision
 from taskruns.timeline import Effect
-from taskruns.times import parse_time, rfc3339
+from taskruns.times import parse_time
 from taskruns.writing import Start, close, key_of, open_start, run_of
 
 RETRY_FOR = 5.0
@@ -122,7 +125,15 @@ class _Item:
         )
 
 
-def replay(engine: Engine, url: URL, *, seconds: float | None = None, wait: bool = False) -> Replayed:
+def replay(
+    engine: Engine,
+    url: URL,
+    *,
+    supervision: Supervision | None = None,
+    stream: Stream | None = None,
+    seconds: float | None = None,
+    wait: bool = False,
+) -> Replayed:
     """Write what is kept for the database of ``url`` through ``engine``, and remove it.
 
     Files of living processes are left. A run that is replayed gets its task's next number.
@@ -130,6 +141,8 @@ def replay(engine: Engine, url: URL, *, seconds: float | None = None, wait: bool
     Args:
         engine: One that :func:`taskruns.engine.create` has made.
         url: What it was made from.
+        supervision: Who watches over the runs of ``stream`` here.
+        stream: Through which the events of its source go, as others follow.
         seconds: The time after which no further transaction is begun; what is left waits for the next time.
         wait: Wait for another process that is replaying, instead of leaving it to that.
 
@@ -146,7 +159,7 @@ def replay(engine: Engine, url: URL, *, seconds: float | None = None, wait: bool
         if not is_ours:
             replayed.is_complete = False
             return replayed
-        replaying = _Replaying(engine, replayed, until)
+        replaying = _Replaying(engine, replayed, until, supervision, stream)
         replaying.persist(migrate.require)
         for path in spool.files(url):
             descriptor = spool.take(path)
@@ -167,12 +180,23 @@ def replay(engine: Engine, url: URL, *, seconds: float | None = None, wait: bool
 class _Replaying:
     """One go through the files of a database."""
 
-    def __init__(self, engine: Engine, replayed: Replayed, until: float | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        replayed: Replayed,
+        until: float | None,
+        supervision: Supervision | None,
+        stream: Stream | None,
+    ) -> None:
         self._engine = engine
         self._replayed = replayed
         self._until = until
-        self._streams: dict[str, Stream] = {}
+        self._supervision = supervision
+        self._own = stream
+        self._streams: dict[str, Stream] = {} if stream is None else {stream.source: stream}
         self._path = Path()
+        self._owner = Process("", None, None, 0, None)
+        self._seen = datetime.now(UTC)
         self._is_said = False
 
     def persist(self, operation: Callable[[Connection], None]) -> None:
@@ -190,11 +214,12 @@ class _Replaying:
     def replay_file(self, path: Path, file: BinaryIO) -> None:
         """Write what is in a file, and remove it when that is done."""
         self._path = path
-        header = _header(file.readline())
-        if header is None:
+        owner = _owner(file.readline())
+        if owner is None:
             _log.warning("%s is no file of this version's spool, and is left", path)
             self._replayed.left.append(path)
             return
+        self._owner, self._seen = owner, datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
         # How far the last go came. Before it lines are only read, as the starts among them may have no end.
         progress = path.with_suffix(".done")
         starts: dict[spool.Identity, TaskRun] = {}
@@ -205,10 +230,8 @@ class _Replaying:
             if self._until is not None and time.monotonic() >= self._until:
                 self._replayed.is_complete = False
                 return
-        seen = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
-        error = f"run outcome not observed (supervisor {header['host']}:{header['pid']} last seen {rfc3339(seen)})"
         for run in starts.values():
-            self.persist(lambda connection, run=run: _abandon(connection, run, error))  # type: ignore[misc]  # bound at once
+            self.persist(lambda connection, run=run: self._abandon(connection, run))  # type: ignore[misc]  # bound at once
         progress.unlink(missing_ok=True)
         path.unlink()
         self._replayed.files += 1
@@ -284,7 +307,7 @@ class _Replaying:
         marks: list[Mark | None] = []
 
         def operation(connection: Connection) -> None:
-            marks[:] = _apply_told(connection, stream, items) if stream is not None else _apply_runs(connection, items)
+            marks[:] = _apply_runs(connection, items) if stream is None else self._apply_told(connection, stream, items)
 
         try:
             self.persist(operation)
@@ -301,10 +324,23 @@ class _Replaying:
             elif mark is not None:
                 self._replayed.marks[mark] += 1
 
+    def _apply_told(self, connection: Connection, stream: Stream, items: Iterable[_Item]) -> list[Mark | None]:
+        events = [item.event for item in items if item.event is not None]
+        if stream is self._own and self._supervision is not None:
+            effects = self._supervision.write(connection, stream, events)
+        else:
+            number = int.from_bytes(hashlib.sha256(self._path.name.encode()).digest()) >> (256 - ID_BITS)
+            recovery.remember(connection, number, stream.source, self._owner, self._seen)
+            connection.commit()
+            effects = stream.write(connection, events, number)
+        return [Mark.REJECTED if effect is Effect.FULL else None for effect in effects]
 
-def _apply_told(connection: Connection, stream: Stream, items: Iterable[_Item]) -> list[Mark | None]:
-    effects = stream.write(connection, [item.event for item in items if item.event is not None])
-    return [Mark.REJECTED if effect is Effect.FULL else None for effect in effects]
+    def _abandon(self, connection: Connection, run: TaskRun) -> None:
+        """Close a run whose process is gone."""
+        with engines.transaction(connection, lock=run.task_id):
+            recovery.close(
+                connection, [recovery.Loss(recovery.ended(_opened(connection, run), self._owner, self._seen))]
+            )
 
 
 def _apply_runs(connection: Connection, items: list[_Item]) -> list[Mark | None]:
@@ -341,24 +377,14 @@ def _opened(connection: Connection, run: TaskRun) -> TaskRun:
     return open_start(connection, start) if row is None else run_of(row)
 
 
-def _abandon(connection: Connection, run: TaskRun, error: str) -> None:
-    """Close a run whose process is gone."""
-    with engines.transaction(connection, lock=run.task_id):
-        stored = _opened(connection, run)
-        ended = replace(stored, phase=TaskPhase.FAILED, finished_at=stored.started_at, error=error, recovered=True)
-        values = {f"new_{name}": getattr(ended, name) for name in statements.AMENDED}
-        was = {"was_phase": TaskPhase.RUNNING, "was_recovered": False}  # unless its outcome has come meanwhile
-        connection.execute(statements.amend_run(), key_of(stored.task_id, stored.attempt) | was | values)
-
-
-def _header(line: bytes) -> dict[str, Any] | None:
-    """Return the header of a file; None if it is another kind of file. One that a kill has torn holds nothing."""
+def _owner(line: bytes) -> Process | None:
+    """Return the process that the header of a file names; None if it is another kind of file."""
     if not line.endswith(b"\n"):
-        return {"host": "", "pid": 0}
-    with suppress(ValueError):
+        return Process("", None, None, 0, None)  # torn by a kill: nothing follows
+    with suppress(ValueError, TypeError):
         header = json.loads(line)
-        if isinstance(header, dict) and header.get("spool") == spool.VERSION and {"host", "pid"} <= header.keys():
-            return header
+        if isinstance(header, dict) and header.get("spool") == spool.VERSION:
+            return Process(**header["process"])
     return None
 
 

@@ -10,14 +10,13 @@ import errno
 import hashlib
 import json
 import os
-import socket
 import stat
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +24,7 @@ from typing import Any
 
 from sqlalchemy import URL
 
+from taskruns.liveness import Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.times import rfc3339
 from taskruns.url import hide_password, is_file
@@ -150,8 +150,7 @@ class Spool:
 
     def begin_anew(self) -> None:
         """Begin with no file: another process has them, of which this one is a fork."""
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._header = _encoded({"spool": VERSION, "db": self._database, **owner})
+        self._header = b""
         self._guard = threading.Lock()
         self._own: list[Path] = []
         self._path: Path | None = None
@@ -244,6 +243,9 @@ class Spool:
         if descriptor is None:
             descriptor = self._make()
         begin = os.fstat(descriptor).st_size
+        self._header = self._header or _encoded(
+            {"spool": VERSION, "db": self._database, "process": asdict(Process.here())}
+        )
         header = self._header if is_new else b""
         try:
             _write(descriptor, header + data)

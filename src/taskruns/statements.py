@@ -41,6 +41,7 @@ from taskruns.schema import UTCDateTime, supervisors, task_runs
 _T = task_runs
 _C = task_runs.c
 _S = supervisors.c
+_WATCHER = bindparam("watcher", type_=_S.id.type)
 _KEY = [_C.task_id, _C.attempt]
 _START = ("source", "submission", "source_attempt")
 _GIVEN = ("task_id", "started_at", *_START, "supervisor_id")
@@ -156,6 +157,18 @@ def beat(dialect: str) -> Insert:
 
 
 @cache
+def get_supervisor() -> Select[Any]:
+    """Select a supervisor."""
+    return select(*_S).where(_S.id == _WATCHER)
+
+
+@cache
+def add_supervisor() -> Insert:
+    """Insert a supervisor with times of its own."""
+    return insert(supervisors)
+
+
+@cache
 def all_supervisors(dialect: str) -> Select[Any]:
     """Select the supervisors, each with the database's time and the number of its active runs."""
     active = (
@@ -181,7 +194,6 @@ def unsupervised_runs(dialect: str) -> Select[Any]:
     return select(now(dialect), *COLUMNS).where(_C.finished_at.is_(None), unknown).order_by(*_KEY)
 
 
-_WATCHER = bindparam("watcher", type_=_S.id.type)
 _UNMOVED = (_S.id == _WATCHER, _S.heartbeat_at == bindparam("last_beat", type_=_S.heartbeat_at.type))
 
 
@@ -221,7 +233,7 @@ def get_run() -> Select[Any]:
     return select(*COLUMNS).where(*_THE_RUN)
 
 
-AMENDED = ("phase", "started_at", "finished_at", "error", "exit_code", "recovered", "start_inferred")
+_AMENDED = ("phase", "started_at", "finished_at", "error", "exit_code", "recovered", "start_inferred")
 
 
 @cache
@@ -229,7 +241,7 @@ def amend_run() -> Update:
     """Store all that an event may change of a run, unless somebody else has opened or closed it meanwhile."""
     was_phase = bindparam("was_phase", type_=_C.phase.type)
     was_recovered = bindparam("was_recovered", type_=_C.recovered.type)
-    values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in AMENDED}
+    values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in _AMENDED}
     return update(_T).where(*_THE_RUN, _C.phase == was_phase, _C.recovered == was_recovered).values(values)
 
 

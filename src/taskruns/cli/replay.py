@@ -4,11 +4,10 @@ import json
 
 import click
 
-from taskruns import engine
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.history import TaskRunHistory
-from taskruns.replay import Mark, Replayed, replay
+from taskruns.replay import Mark, Replayed
 from taskruns.spool import files
 
 _MEANINGS = {
@@ -31,11 +30,7 @@ def replay_command(is_json: bool) -> None:
     if files(found.url):
         with found.options_checked(), TaskRunHistory.connect(found.url) as history:
             history.prepare()
-        own = engine.create(found.url)
-        try:
-            replayed = replay(own, found.url, wait=True)
-        finally:
-            own.dispose()
+            replayed = history.replay(wait=True)
     if is_json:
         facts = {mark.name.lower(): replayed.marks[mark] for mark in Mark}
         left = [str(path) for path in replayed.left]

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from sqlalchemy import URL
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
-from taskruns import engine, spool
+from taskruns import spool
 from taskruns.cli import complain
 from taskruns.errors import TaskRunsError
 from taskruns.events import Event
 from taskruns.history import TaskRunHistory
 from taskruns.recorder import EventRecorder
-from taskruns.replay import Replayed, replay
+from taskruns.replay import Replayed
 from taskruns.retrying import cause_of, is_lost, is_refusal
 from taskruns.spool import Spool
 from taskruns.timeline import Effect
@@ -132,18 +132,11 @@ class Sink:
             return False
         self.is_out = self._is_said = False
         complain("the database can be used again")
-        # The replay has written behind the back of the recorder, which remembers the runs that it knew.
-        self._recorder = EventRecorder(self._history)
-        self._recorder.counts = self.counts
         return True
 
     def _replay(self) -> Replayed:
-        own = engine.create(self._url, lock_timeout=_LOCK_TIMEOUT)
-        try:
-            self._history.prepare()
-            return replay(own, self._url, seconds=_REPLAY_FOR)
-        finally:
-            own.dispose()
+        self._history.prepare()
+        return self._recorder.replay(seconds=_REPLAY_FOR)
 
     def _begin_outage(self, error: Exception) -> None:
         self.is_out = True
