@@ -25,7 +25,7 @@ DELAY = 6.0
 """Seconds that a database may hold a command up in all: five, and one for a machine that is busy."""
 
 LOUD = ("sh", "-c", "echo out; echo err >&2; exit 3")
-WARNING = "taskruns: this run is kept in "
+WARNING = "taskruns: this run "
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from taskruns.history import TaskRunHistory
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.process import Ended, Signals
 from taskruns.retrying import OnRetry, Retry, cause_of
-from taskruns.spool import Spool, files
+from taskruns.spool import Spool
 
 PATIENCE = 5.0
 """Seconds that a command and its retries are held up by a database, in all.
@@ -66,13 +66,13 @@ class Plan:
     """Whether the end of standard error becomes the error of a failed run."""
 
 
-def execute(plan: Plan, connect: Connect, say: Callable[[str], None]) -> int:
+def execute(plan: Plan, connect: Connect, say: Callable[[str], None] | None) -> int:
     """Run the command, up to ``plan.retries`` times again until it succeeds, and return the exit status.
 
     Args:
         plan: What to run and how.
         connect: Returns the history.
-        say: Takes a line for the user.
+        say: Takes a line for the user, if he wants to hear any.
     """
     with Signals() as signals:
         recorder = _Recorder(connect, signals, say)
@@ -83,7 +83,9 @@ def execute(plan: Plan, connect: Connect, say: Callable[[str], None]) -> int:
             record = recorder.open(plan, submission, number if plan.retries else None)
             if record.overlaps is not None:
                 run = record.overlaps
-                say(f"{plan.task_id} is running already: attempt {run.attempt}, started at {run.started_at:%F %T} UTC")
+                recorder.say(
+                    f"{plan.task_id} is running already: attempt {run.attempt}, started at {run.started_at:%F %T} UTC"
+                )
                 return plan.conflict_exit_code
             if signals.stopped_by is not None:
                 status = 128 + signals.stopped_by
@@ -98,7 +100,7 @@ def execute(plan: Plan, connect: Connect, say: Callable[[str], None]) -> int:
                 keep_stderr=plan.keep_stderr,
             )
             if ended.not_started is not None:
-                say(ended.not_started)
+                recorder.say(ended.not_started)
             phase, error = _outcome(ended, plan, is_last=number > plan.retries)
             recorder.close(record, phase, error, ended.status)
             if phase in (TaskPhase.SUCCEEDED, TaskPhase.CANCELED) or number > plan.retries:
@@ -171,20 +173,18 @@ def _patience() -> float:
 class _Recorder:
     """Records runs with a bounded patience: what takes longer is kept. It says once if that is so."""
 
-    def __init__(self, connect: Connect, signals: Signals, say: Callable[[str], None]) -> None:
+    def __init__(self, connect: Connect, signals: Signals, listener: Callable[[str], None] | None) -> None:
         # Here, where drivers are imported, before there is a database to be patient with; and once for all attempts, as
         # what a history has learned of the database is not asked again.
         self._history = self._spool = self._failure = None
-        self._is_outage_known = False
         try:
             self._history = connect(self._note)
             self._spool = Spool(self._history.url)
-            self._is_outage_known = bool(files(self._history.url))
         except Exception as error:  # noqa: BLE001  (whatever it is, the command goes on)
             self._failure = cause_of(error)
         self._trouble: str | None = None
         self._signals = signals
-        self._say = say
+        self._listener = listener
         self._spent = 0.0
         self._is_said = False
 
@@ -221,7 +221,7 @@ class _Recorder:
         why = record.failure or self._trouble or _SILENCE
         if record.not_kept is not None:
             self._warn(f"{_LOST}: {why}; nor can it be kept: {record.not_kept}")
-        elif not self._is_outage_known and self._spool is not None:
+        elif self._listener is not None and self._spool is not None and not self._is_said and self._spool.is_news():
             self._warn(f"this run is kept in {self._spool.path} until the database can be used again: {why}")
 
     def _note(self, error: BaseException) -> None:
@@ -241,7 +241,12 @@ class _Recorder:
     def _warn(self, line: str) -> None:
         if not self._is_said:
             self._is_said = True
-            self._say(line)
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Say something to the user."""
+        if self._listener is not None:
+            self._listener(line)
 
 
 class _Record:

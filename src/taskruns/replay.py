@@ -174,6 +174,7 @@ def replay(
                 spool.release(descriptor)
             if not replayed.is_complete:
                 break
+        spool.end_outage(url)
     return replayed
 
 

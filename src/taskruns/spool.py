@@ -94,6 +94,10 @@ def _files(key: str) -> list[Path]:
     return []
 
 
+def _marker(key: str) -> Path:
+    return directory() / f"{key}.told"
+
+
 def _plain(url: URL) -> URL:
     """Return the URL without what does not change which database it is: the driver, the options of a file."""
     backend = url.get_backend_name()
@@ -161,6 +165,16 @@ class Spool:
     def path(self) -> Path | None:
         """The file to which was added last."""
         return self._path
+
+    def is_news(self) -> bool:
+        """Whether nobody has been told yet that something is kept for this database; from now on somebody has."""
+        marker = _marker(self._key)
+        with suppress(OSError):
+            if set(_files(self._key)).issubset(self._own):
+                marker.unlink(missing_ok=True)  # of an outage before
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY, stat.S_IRUSR | stat.S_IWUSR))
+            return True
+        return not marker.exists()
 
     def remaining(self) -> int:
         """Return how many bytes of what was added here are still to be replayed."""
@@ -326,6 +340,13 @@ def release(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # by itself, as a child that was just forked may have it open too
     _descriptors.discard(descriptor)
     os.close(descriptor)
+
+
+def end_outage(url: URL) -> None:
+    """Take it that the outage of a database is over, if nothing is kept for it any more: the next one is news."""
+    if not files(url):
+        with suppress(OSError):
+            _marker(_key(_plain(url))).unlink(missing_ok=True)
 
 
 @contextmanager
