@@ -11,6 +11,7 @@ from subprocess import PIPE, Popen
 from typing import IO, Any, Self
 
 from taskruns import RunClosedError, TaskPhase, TaskRunHistory
+from taskruns.retention import EMBEDDED
 
 
 class Writer:
@@ -128,6 +129,11 @@ def acknowledging(history: TaskRunHistory, count: str) -> None:
         say([run.attempt, True])
 
 
+def pruning(history: TaskRunHistory) -> None:
+    """Prune by the policy of the default database; tell after each step how many runs that were."""
+    say(history.prune(EMBEDDED, on_progress=say))
+
+
 ROLES: dict[str, Callable[..., None]] = {
     "open": opening,
     "open in transactions": opening_in_transactions,
@@ -135,6 +141,7 @@ ROLES: dict[str, Callable[..., None]] = {
     "list": listing,
     "close": closing,
     "acknowledge": acknowledging,
+    "prune": pruning,
 }
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ _COMMANDS = {
     "ingest": "ingest",
     "export": "transfer",
     "import": "transfer",
+    "prune": "retention",
+    "forget": "retention",
     "db": "db",
     "completion": "completion",
 }

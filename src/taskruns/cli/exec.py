@@ -115,7 +115,10 @@ def exec_command(
                 complain(line)
 
     def connect(note: OnRetry) -> TaskRunHistory:
-        return TaskRunHistory.connect(Database.find(option).url, retry_for=math.inf, on_retry=note)
+        found = Database.find(option)
+        history = TaskRunHistory.connect(found.url, retry_for=math.inf, on_retry=note, retention=found.retention)
+        history.tidies = False  # a close is waited for; what is old can wait
+        return history
 
     status = execution.execute(plan, connect, say)
     # A database call that hangs in its thread must not keep the process.

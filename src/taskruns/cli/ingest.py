@@ -180,7 +180,11 @@ def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | Non
     lines.heed_signals()
     patience = _Patience(lines)
     connected = TaskRunHistory.connect(
-        chosen.url, lock_timeout=_LOCK_TIMEOUT, retry_for=math.inf, on_retry=patience.note
+        chosen.url,
+        lock_timeout=_LOCK_TIMEOUT,
+        retry_for=math.inf,
+        on_retry=patience.note,
+        retention=chosen.retention,
     )
     with connected as history, Rejects(rejects) as kept:
         ingestion = _Ingestion(EventRecorder(history, source=source), kept, is_acknowledged=ack)
