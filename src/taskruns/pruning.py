@@ -33,6 +33,9 @@ _MOST_TURNS = 4
 REMOVED = "[removed]"
 """What stands where an error has been forgotten."""
 
+_REST = 3
+"""How much longer than its transaction a pass rests on SQLite."""
+
 Key = tuple[str, int]
 
 _log = logging.getLogger("taskruns")
@@ -87,8 +90,9 @@ class Pruning:
             connection.rollback()
             with engine.transaction(connection):
                 self.count += _delete(connection, due, before)
-            # Whoever waits for the lock of an SQLite file asks now and then only, and there may be other passes.
-            self.pause = time.monotonic() - began if connection.dialect.name == "sqlite" else 0.0
+            # Whoever waits for the lock of an SQLite file only asks now and then, ten times a second in the end: it has
+            # to be free most of the time, even if there are two passes.
+            self.pause = _REST * (time.monotonic() - began) if connection.dialect.name == "sqlite" else 0.0
         else:
             self.count += len(due)
         self._place = place
