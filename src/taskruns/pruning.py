@@ -33,7 +33,7 @@ _MOST_TURNS = 4
 REMOVED = "[removed]"
 """What stands where an error has been forgotten."""
 
-_REST = 3
+_REST = 5
 """How much longer than its transaction a pass rests on SQLite."""
 
 Key = tuple[str, int]
