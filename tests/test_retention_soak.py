@@ -83,7 +83,7 @@ def test_pruned_while_others_write(
             f" by two passes and a third that was killed; {sum(count for count, _ in written)} runs written meanwhile,"
             f" longest call {longest * 1000:.0f} ms; memory {[(a // 1024, b // 1024) for a, b, _ in answers]} MiB"
         )
-    assert again == 0
+    assert again < 20  # what has become old since
     assert longest < 1
     assert all(after - before < 8 * 1024 for before, after, _ in answers)
 
