@@ -4,6 +4,7 @@ Each method does what its twin does, by running it in SQLAlchemy's bridge, so th
 """
 
 import asyncio
+import logging
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from taskruns import bulk, engine, migrate, recovery
+from taskruns import bulk, engine, migrate, pruning, recovery
 from taskruns.bulk import Row, RowsAdded, RunsAdded
 from taskruns.engine import url_of
 from taskruns.errors import SchemaVersionError
@@ -23,9 +24,11 @@ from taskruns.events import Event
 from taskruns.history import PAGE, RETRY_FOR, Operation
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun
+from taskruns.pruning import Forgetting, Pruning, turns_of
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
 from taskruns.replay import Replayed, replay
 from taskruns.repository import Phases, RunPage, TaskRunRepository
+from taskruns.retention import Retention, is_turn
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
@@ -35,6 +38,8 @@ from taskruns.writing import Start
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+_log = logging.getLogger("taskruns")
 
 
 class AsyncTaskRunRepository:
@@ -159,10 +164,12 @@ class AsyncTaskRunHistory:
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
+        retention: Retention | None = None,
     ) -> None:
         self.url = url_of(engine.sync_engine)
         self._engine = engine
         self.on_retry = on_retry
+        self.retention = retention
         self.source = socket.gethostname() if source is None else source
         self._supervision = Supervision(self.url, self.source, heartbeat)
         self._retry_for = retry_for
@@ -180,6 +187,7 @@ class AsyncTaskRunHistory:
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
+        retention: Retention | None = None,
     ) -> Self:
         """Return the history in a database: see :meth:`taskruns.TaskRunHistory.connect`. Not awaited."""
         parsed = parse_url(url, drivers=ASYNC_DRIVERS)
@@ -187,7 +195,7 @@ class AsyncTaskRunHistory:
         with engine.checked_options(parsed):
             own = create_async_engine(options.pop("url"), **options)
         engine.prepared(own.sync_engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
-        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat)
+        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention)
 
     async def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
@@ -286,9 +294,12 @@ class AsyncTaskRunHistory:
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
 
         supervision = self._supervision
-        return await self._call(
+        run = await self._call(
             lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
         )
+        if self.retention is not None and not leave and is_turn(attempt):
+            await self.tidy(task_id)
+        return run
 
     async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
@@ -306,8 +317,11 @@ class AsyncTaskRunHistory:
     async def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, in one transaction: see :meth:`taskruns.TaskRunHistory.record_events`."""
         await self._register()
-
-        return await self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
+        effects = await self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
+        if self.retention is not None:
+            for task_id in turns_of(events, effects):
+                await self.tidy(task_id)
+        return effects
 
     async def recover(
         self,
@@ -343,6 +357,44 @@ class AsyncTaskRunHistory:
                 own.dispose()
 
         return await asyncio.to_thread(replay_beside)
+
+    async def prune(
+        self,
+        retention: Retention = Retention(),  # noqa: B008  (immutable)
+        *,
+        task: str | None = None,
+        dry_run: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Delete the runs that a policy does not keep: see :meth:`taskruns.TaskRunHistory.prune`."""
+        pass_ = Pruning(retention, task=task, dry_run=dry_run)
+        while not pass_.is_done:
+            await self._call(pass_.step)
+            if on_progress is not None:
+                on_progress(pass_.count)
+            await asyncio.sleep(pass_.pause)
+        return pass_.count
+
+    async def tidy(self, task_id: str) -> None:
+        """Prune a task and a bounded slice of the others: see :meth:`taskruns.TaskRunHistory.tidy`."""
+        if self.retention is None:
+            return
+        policy = self.retention
+        try:
+            await self._call_once(lambda connection, _lost: pruning.tidy(connection, policy, task_id), Retry(0, None))
+        except Exception:  # noqa: BLE001  (the next turn comes)
+            _log.debug("old runs are not deleted at present", exc_info=True)
+
+    async def forget(self, task_id: str, attempt: int | None = None, *, error_only: bool = False) -> int:
+        """Delete the runs of a task that have ended, or their errors: see :meth:`taskruns.TaskRunHistory.forget`."""
+        forgetting = Forgetting(task_id, attempt, error_only=error_only)
+        while not forgetting.is_done:
+            await self._call(forgetting.step)
+        return forgetting.count
+
+    async def compact(self) -> None:
+        """Give the space of deleted runs back to the file system: see :meth:`taskruns.TaskRunHistory.compact`."""
+        await self._call(pruning.compact)
 
     async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""

@@ -19,6 +19,7 @@ from taskruns import process
 from taskruns.history import TaskRunHistory
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.process import Ended, Signals
+from taskruns.retention import is_turn
 from taskruns.retrying import OnRetry, Retry, cause_of
 from taskruns.spool import Spool
 
@@ -369,6 +370,8 @@ class _Record:
         with suppress(Exception), self._history as history:
             history.recover(stale_after=None)
             history.replay(seconds=REPLAY_FOR)
+            if is_turn(self.run.attempt):
+                history.tidy(self.run.task_id)
 
     def _open(self, history: TaskRunHistory) -> None:
         history.prepare()

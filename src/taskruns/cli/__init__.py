@@ -24,6 +24,8 @@ _COMMANDS = {
     "import": "transfer",
     "supervisors": "supervisors",
     "recover": "supervisors",
+    "prune": "retention",
+    "forget": "retention",
     "db": "db",
     "doctor": "doctor",
     "completion": "completion",

@@ -118,7 +118,9 @@ def exec_command(
 
     def connect(note: OnRetry) -> TaskRunHistory:
         found = Database.find(option)
-        return TaskRunHistory.connect(found.url, retry_for=math.inf, on_retry=note, heartbeat=_HEARTBEAT)
+        return TaskRunHistory.connect(
+            found.url, retry_for=math.inf, on_retry=note, heartbeat=_HEARTBEAT, retention=found.retention
+        )
 
     status = execution.execute(plan, connect, None if quiet else say)
     # A database call that hangs in its thread must not keep the process.

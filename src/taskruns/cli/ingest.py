@@ -170,7 +170,7 @@ def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | Non
     refuse_same_file(file, rejects)
     chosen = database()
     with chosen.options_checked():
-        sink = Sink(chosen.url, source)
+        sink = Sink(chosen.url, source, chosen.retention)
         lines = _Input(file)  # before the database is waited for: the supervisor does not wait
         lines.heed_signals()
         sink.open()

@@ -17,6 +17,7 @@ from taskruns.events import Event
 from taskruns.history import TaskRunHistory
 from taskruns.recorder import EventRecorder
 from taskruns.replay import Replayed
+from taskruns.retention import Retention
 from taskruns.retrying import cause_of, is_lost, is_refusal
 from taskruns.spool import Spool
 from taskruns.timeline import Effect
@@ -49,9 +50,11 @@ class Sink:
     All that concerns the database is done in a thread of its own, as only that can be waited for with patience.
     """
 
-    def __init__(self, url: URL, source: str | None) -> None:
+    def __init__(self, url: URL, source: str | None, retention: Retention | None) -> None:
         self._url = url
-        self._history = TaskRunHistory.connect(url, source=source, lock_timeout=_LOCK_TIMEOUT, retry_for=_RETRY_FOR)
+        self._history = TaskRunHistory.connect(
+            url, source=source, lock_timeout=_LOCK_TIMEOUT, retry_for=_RETRY_FOR, retention=retention
+        )
         self._recorder = EventRecorder(self._history)
         self._spool = Spool(url)
         self._database = _Beside()
