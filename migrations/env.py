@@ -34,6 +34,7 @@ def migrate(connection: Connection) -> None:
         connection.execution_options(isolation_level="READ COMMITTED")
     if backend in ("mysql", "mariadb"):
         with connection.begin():
+            connection.exec_driver_sql(f"SET SESSION lock_wait_timeout = {LOCK_TIMEOUT}")
             if connection.scalar(select(func.get_lock(LOCK_NAME, LOCK_TIMEOUT))) != 1:
                 raise TimeoutError(f"another migration has been running for more than {LOCK_TIMEOUT} s")
     sqlite = connection.connection.dbapi_connection if backend == "sqlite" else None
@@ -45,6 +46,7 @@ def migrate(connection: Connection) -> None:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             if backend == "postgresql":
                 # Of the transaction, not of the session: so it works behind PgBouncer too.
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
                 connection.execute(select(func.pg_advisory_xact_lock(LOCK_KEY)))
             context.configure(
                 connection=connection,

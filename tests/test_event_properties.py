@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from taskruns import EventRecorder, TaskPhase, TaskRun, TaskRunHistory
-from taskruns.timeline import NOT_OBSERVED
+from taskruns.model import SUPERSEDED
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 NAMES = {  # old and new
@@ -104,7 +104,7 @@ def history_of(attempts: list[Attempt], told: int | None = None) -> list[TaskRun
         if left <= 0:
             break
         if runs and runs[-1].is_active:
-            lost = runs[-1].finish(TaskPhase.FAILED, error=NOT_OBSERVED, finished_at=attempt.run.started_at)
+            lost = runs[-1].finish(TaskPhase.FAILED, error=SUPERSEDED, finished_at=attempt.run.started_at)
             runs[-1] = replace(lost, recovered=True)
         runs.append(attempt.states[min(left, len(attempt.states)) - 1])
         left -= len(attempt.states)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -300,7 +301,12 @@ def test_wrapper_that_is_killed_leaves_its_run_to_be_seen(home: Home, tmp_path: 
     until(ended.exists, "the command has ended by itself")
     assert [run.phase for run in home.runs("job")] == ["running"]
     assert home.taskruns("exec", "job", "--", "true").returncode == 0
-    assert [run.phase for run in home.runs("job")] == ["running", "succeeded"]
+    lost, run = home.runs("job")
+    assert (lost.phase, lost.recovered) == ("failed", True)
+    assert lost.finished_at is not None
+    assert lost.started_at <= lost.finished_at < run.started_at
+    assert re.fullmatch(r"run outcome not observed \(supervisor .*:\d+ last seen 20.*Z\)", lost.error or "")
+    assert run.phase == "succeeded"
 
 
 def test_program_is_found_as_a_module_too(home: Home) -> None:

@@ -103,7 +103,7 @@ def test_revisions_import_nothing_of_ours() -> None:
 def test_upgrade_makes_the_tables_and_may_be_repeated(own: Engine, empty_database: str) -> None:
     assert version(own) is None
     migrate.upgrade(own)
-    assert tables(own) == {"task_runs", VERSION_TABLE}
+    assert tables(own) == {"task_runs", "supervisors", VERSION_TABLE}
     assert version(own) == SCHEMA_VERSION
     with TaskRunHistory.connect(empty_database) as history:
         run = history.open_run("job")

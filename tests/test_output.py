@@ -194,3 +194,11 @@ def test_very_long_error_is_shown_whole_by_show_alone(shell: Shell, sqlite: str)
     failed(sqlite, "\n".join(f"line {number}" for number in range(5000)))
     assert "line 2 " not in shell("runs", "job", "--db", sqlite).out
     assert "  line 2\n" in shell("show", "job", "--db", sqlite).out
+
+
+def test_findings_are_coloured_on_a_terminal_only(home: Home) -> None:
+    shown = on_terminal(home, "doctor")
+    assert "\x1b[32mok" in shown
+    assert "\x1b[33mnote" in shown
+    assert "[32m" not in on_terminal(home, "doctor", NO_COLOR="1")
+    assert "\x1b" not in home.taskruns("doctor").stdout

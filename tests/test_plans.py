@@ -26,6 +26,14 @@ READERS: dict[str, tuple[Select[Any], dict[str, str]]] = {
         statements.active_runs(),
         {"sqlite": "ix_task_runs_active", "postgresql": "ix_task_runs_active", "mariadb": "ix_task_runs_finished"},
     ),
+    "how many are active": (
+        statements.active_count(),
+        {"sqlite": "ix_task_runs_active", "postgresql": "ix_task_runs_active", "mariadb": "ix_task_runs_finished"},
+    ),
+    "the oldest runs": (
+        statements.oldest_runs(limit=100),
+        dict.fromkeys(("sqlite", "postgresql", "mariadb"), "ix_task_runs_started"),
+    ),
     "problems by finish time": (
         select(*statements.COLUMNS)
         .where(text(schema.IS_PROBLEM), RUNS.finished_at.is_not(None))

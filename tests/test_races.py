@@ -101,6 +101,8 @@ def test_killed_writer_leaves_every_acknowledged_write(database: str, kills: int
         assert set(range(1, max(stored) + 1)) == set(stored)
         assert len(stored) - len(known) <= kills
         for run in stored.values():
+            if run.recovered:  # of an earlier writer
+                continue
             assert (run.phase, run.error, run.exit_code) in [
                 (TaskPhase.RUNNING, None, None),
                 (TaskPhase.FAILED, "e" * 5000, 1),

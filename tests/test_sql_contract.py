@@ -201,7 +201,10 @@ def test_texts_of_sqlite_sort_with_those_of_the_library(sqlite: str) -> None:
         for _ in range(3):
             history.open_run("job")
             client.open("job")
-        assert [run.attempt for run in history.active_runs()] == [1, 2, 3, 4, 5, 6]
+        runs = sorted(history.all_runs("job"), key=lambda run: run.started_at)
+        assert [run.attempt for run in runs] == [1, 2, 3, 4, 5, 6]
+        order = client.run("SELECT attempt FROM task_runs ORDER BY started_at;")
+        assert order == ["1", "2", "3", "4", "5", "6"]
     lengths = client.run("SELECT DISTINCT length(started_at), typeof(started_at) FROM task_runs;")
     assert lengths == ["26|text"]
 

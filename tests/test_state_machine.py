@@ -27,7 +27,7 @@ from taskruns import (
     TaskRun,
     TaskRunHistory,
 )
-from taskruns.model import MAX_ATTEMPT, clean_error
+from taskruns.model import MAX_ATTEMPT, SUPERSEDED, clean_error
 from taskruns.schema import task_runs
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -60,6 +60,10 @@ class Model:
             stored = self.runs[task, attempt]
             return stored if stored.started_at == started_at else RunExistsError
         run = TaskRun(task, attempt, TaskPhase.RUNNING, started_at, source="here")
+        for earlier in self.of(task):
+            if earlier.is_active and earlier.started_at < started_at:
+                lost = earlier.finish(TaskPhase.FAILED, error=SUPERSEDED, finished_at=started_at)
+                self.runs[task, earlier.attempt] = replace(lost, recovered=True)
         self.runs[task, attempt] = run
         return run
 

@@ -15,20 +15,22 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from taskruns import bulk, engine, migrate
+from taskruns import bulk, engine, migrate, recovery
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.engine import check_prepared, url_of
+from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.history import PAGE, RETRY_FOR, Operation
+from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
 from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stream import Stream
+from taskruns.supervision import HEARTBEAT, Supervision, Watch
 from taskruns.timeline import Effect
 from taskruns.url import ASYNC_DRIVERS, parse_url
-from taskruns.writing import Start, close_alone, open_alone
+from taskruns.writing import Start
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -37,15 +39,18 @@ P = ParamSpec("P")
 class AsyncTaskRunRepository:
     """The twin of :class:`taskruns.TaskRunRepository` on an asynchronous connection of the caller's."""
 
-    def __init__(self, connection: AsyncConnection, *, source: str | None = None) -> None:
+    def __init__(self, connection: AsyncConnection, *, source: str | None = None, watch: Watch | None = None) -> None:
         self._connection = connection
         self._source = source
+        self._watch = watch
 
     async def _call(
         self, method: Callable[Concatenate[TaskRunRepository, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         return await self._connection.run_sync(
-            lambda connection: method(TaskRunRepository(connection, source=self._source), *args, **kwargs)
+            lambda connection: method(
+                TaskRunRepository(connection, source=self._source, watch=self._watch), *args, **kwargs
+            )
         )
 
     async def open_run(
@@ -57,6 +62,7 @@ class AsyncTaskRunRepository:
         source: str | None = None,
         submission: str | None = None,
         source_attempt: int | None = None,
+        again: bool = False,
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
         return await self._call(
@@ -67,6 +73,7 @@ class AsyncTaskRunRepository:
             source=source,
             submission=submission,
             source_attempt=source_attempt,
+            again=again,
         )
 
     async def close_run(
@@ -89,6 +96,25 @@ class AsyncTaskRunRepository:
             exit_code=exit_code,
             finished_at=finished_at,
         )
+
+    async def recover(
+        self,
+        *,
+        stale_after: float | None = STALE_AFTER,
+        unsupervised_after: float | None = None,
+        dry_run: bool = False,
+    ) -> list[TaskRun]:
+        """Close the active runs of dead supervisors, and return them: see :meth:`TaskRunHistory.recover`."""
+        return await self._call(
+            TaskRunRepository.recover,
+            stale_after=stale_after,
+            unsupervised_after=unsupervised_after,
+            dry_run=dry_run,
+        )
+
+    async def supervisors(self) -> list[Supervisor]:
+        """Return the processes that are registered to watch over runs, in the order they came."""
+        return await self._call(TaskRunRepository.supervisors)
 
     async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are: see :meth:`TaskRunRepository.add_runs`."""
@@ -131,13 +157,15 @@ class AsyncTaskRunHistory:
         source: str | None = None,
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
+        heartbeat: float = HEARTBEAT,
     ) -> None:
-        check_prepared(engine.sync_engine)
+        url = url_of(engine.sync_engine)
         self._engine = engine
         self.on_retry = on_retry
         self.source = socket.gethostname() if source is None else source
+        self._supervision = Supervision(url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage(url_of(engine.sync_engine))
+        self._outage = Outage(None if only_reads(engine.sync_engine) else url)
         self._is_current = False
 
     @classmethod
@@ -150,14 +178,15 @@ class AsyncTaskRunHistory:
         lock_timeout: float = engine.LOCK_TIMEOUT,
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
+        heartbeat: float = HEARTBEAT,
     ) -> Self:
         """Return the history in a database: see :meth:`taskruns.TaskRunHistory.connect`. Not awaited."""
         parsed = parse_url(url, drivers=ASYNC_DRIVERS)
         options = engine.engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
         with engine.checked_options(parsed):
             own = create_async_engine(options.pop("url"), **options)
-        engine.prepared(own.sync_engine, parsed, read_only=read_only)
-        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry)
+        engine.prepared(own.sync_engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
+        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat)
 
     async def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
@@ -200,13 +229,19 @@ class AsyncTaskRunHistory:
             await self._require_current(connection)
             transaction = await connection.run_sync(lambda connection: engine.transaction(connection, lock=lock))
             await connection.run_sync(lambda _: transaction.__enter__())
+            watch = Watch(self._supervision)
             try:
-                yield AsyncTaskRunRepository(connection, source=self.source)
-            except BaseException as error:
-                cause = error  # told by hand: sys.exc_info() knows nothing of it inside the bridge
-                await connection.run_sync(lambda _: transaction.__exit__(type(cause), cause, cause.__traceback__))
+                try:
+                    yield AsyncTaskRunRepository(connection, source=self.source, watch=watch)
+                except BaseException as error:
+                    cause = error  # told by hand: sys.exc_info() knows nothing of it inside the bridge
+                    await connection.run_sync(lambda _: transaction.__exit__(type(cause), cause, cause.__traceback__))
+                    raise
+                await connection.run_sync(lambda _: transaction.__exit__(None, None, None))
+            except BaseException:
+                watch.undone()
                 raise
-            await connection.run_sync(lambda _: transaction.__exit__(None, None, None))
+            watch.committed()
 
     async def open_run(
         self,
@@ -218,11 +253,22 @@ class AsyncTaskRunHistory:
         submission: str | None = None,
         source_attempt: int | None = None,
     ) -> TaskRun:
-        """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
+        """Record that a run has started, and return it: see :meth:`taskruns.TaskRunHistory.open_run`."""
         start = Start.of(
             task_id, attempt, started_at, self.source if source is None else source, submission, source_attempt
         )
-        return await self._call(lambda connection, lost: open_alone(connection, start, lost=lost))
+        return await self._open(start, is_certain=False)
+
+    async def _open(self, start: Start, *, is_certain: bool) -> TaskRun:
+        await self._register()
+        supervision = self._supervision
+        return await self._call(
+            lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain)
+        )
+
+    async def _register(self) -> None:
+        if self._supervision.is_new:
+            await self._call(lambda connection, _lost: self._supervision.register(connection))
 
     async def close_run(
         self,
@@ -233,10 +279,15 @@ class AsyncTaskRunHistory:
         error: str | None = None,
         exit_code: int | None = None,
         finished_at: datetime | None = None,
+        leave: bool = False,
     ) -> TaskRun:
-        """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`."""
+        """Record how a run ended, and return it: see :meth:`taskruns.TaskRunHistory.close_run`."""
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
-        return await self._call(lambda connection, lost: close_alone(connection, task_id, attempt, outcome, lost=lost))
+
+        supervision = self._supervision
+        return await self._call(
+            lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
+        )
 
     async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
@@ -253,7 +304,30 @@ class AsyncTaskRunHistory:
 
     async def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, in one transaction: see :meth:`taskruns.TaskRunHistory.record_events`."""
-        return await self._call(lambda connection, _lost: stream.write(connection, events))
+        await self._register()
+
+        return await self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
+
+    async def recover(
+        self,
+        *,
+        stale_after: float | None = STALE_AFTER,
+        unsupervised_after: float | None = None,
+        dry_run: bool = False,
+    ) -> list[TaskRun]:
+        """Close the active runs whose supervisor is dead, and return them: see :meth:`TaskRunHistory.recover`."""
+        limits = {"stale_after": stale_after, "unsupervised_after": unsupervised_after}
+        if dry_run:
+            return await self._ask(lambda runs: runs.recover(dry_run=True, **limits))
+        closed: list[TaskRun] = []  # outside, as a second try does not find what the first has closed
+        await self._call(
+            lambda connection, _lost: closed.extend(recovery.recover(connection, Process.here(), **limits))
+        )
+        return closed
+
+    async def supervisors(self) -> list[Supervisor]:
+        """Return the processes that are registered to watch over runs, in the order they came."""
+        return await self._ask(lambda runs: runs.supervisors())
 
     async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
@@ -309,9 +383,10 @@ class AsyncTaskRunHistory:
             handle = RecordedRun()
             if on_error == "raise" or not self._outage.is_on:
                 with self._outage.tolerated(task_id, on_error):
-                    handle.run = await self.open_run(
-                        task_id, started_at=handle.started_at, source=source, submission=submission
+                    start = Start.of(
+                        task_id, None, handle.started_at, self.source if source is None else source, submission, None
                     )
+                    handle.run = await self._open(start, is_certain=True)
             if handle.run is None:
                 await asyncio.to_thread(
                     self._outage.keep_start, handle, task_id, self.source if source is None else source, submission

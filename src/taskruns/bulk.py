@@ -217,12 +217,17 @@ _COPY = f"COPY {task_runs.name} ({', '.join(_COLUMNS)}) FROM STDIN WITH (ENCODIN
 _INSERT = insert(task_runs)
 
 
-def insert_rows(connection: Connection, rows: Sequence[Row]) -> None:
-    """Insert rows in the caller's transaction.
+def insert_rows(connection: Connection, rows: Sequence[Row], supervisor_id: int | None = None) -> None:
+    """Insert rows in the caller's transaction; the supervisor is that of the active runs.
 
     Raises:
         IntegrityError: one of the runs exists. The caller has to roll back: on some databases others were inserted.
     """
+    if supervisor_id is not None:
+        active = [_parameters(row) | {"supervisor_id": supervisor_id} for row in rows if row[4] is None]
+        if active:  # few: a stream's runs have mostly ended by the time they are written
+            connection.execute(_INSERT, active)
+            rows = [row for row in rows if row[4] is not None]
     if not rows:
         return
     dialect = connection.dialect

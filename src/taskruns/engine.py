@@ -20,7 +20,7 @@ from sqlalchemy.exc import SAWarning
 from taskruns.url import ASYNC_DRIVERS, DRIVERS, EXTRAS, is_file, parse_url
 
 LOCK_TIMEOUT = 30.0
-"""Seconds that a writer waits for another one: SQLite's busy timeout, MariaDB's named lock."""
+"""Seconds that a writer waits for another one, unless the URL says otherwise."""
 
 CONNECT_TIMEOUT = 5
 """Seconds to wait for a server, unless the URL has a ``connect_timeout``."""
@@ -37,7 +37,7 @@ def create(url: str | URL, *, read_only: bool = False, lock_timeout: float = LOC
     options = engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
     with checked_options(parsed):
         engine = create_engine(options.pop("url"), **options)
-    return prepared(engine, parsed, read_only=read_only)
+    return prepared(engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
 
 
 @contextmanager
@@ -88,7 +88,11 @@ def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[st
     else:
         query.setdefault("charset", "utf8mb4")
         # Not every server is strict by default; the others cut what does not fit, without an error.
-        arguments["init_command"] = "SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_ALL_TABLES')"
+        wait = max(1, round(lock_timeout))
+        arguments["init_command"] = (
+            "SET SESSION sql_mode = CONCAT(@@sql_mode, ',STRICT_ALL_TABLES'),"
+            f" innodb_lock_wait_timeout = {wait}, lock_wait_timeout = {wait}"
+        )
     return {
         "url": url.set(query=query),
         "connect_args": arguments,
@@ -105,23 +109,51 @@ def _prepare_threshold(value: str) -> int | None:
     raise ValueError(f"prepare_threshold in the database URL is a number or none, not {value!r}")
 
 
-def prepared(engine: Engine, url: URL, *, read_only: bool) -> Engine:
+def prepared(engine: Engine, url: URL, *, read_only: bool, lock_timeout: float) -> Engine:
     """Install what the engine's connections need, and make it safe to fork."""
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine, url, read_only=read_only)
-    _engines[engine] = None if read_only else url
+    elif (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
+        _limit_waiting(engine, lock_timeout)
+    _engines[engine] = url
+    if read_only:
+        _readers.add(engine)
     return engine
 
 
-def check_prepared(engine: Engine) -> None:
-    """Refuse an engine of another make: what is written through it might never be committed."""
+def url_of(engine: Engine) -> URL:
+    """Return the URL that an engine was made from, with our options.
+
+    Raises:
+        ValueError: it is of another make; what is written through it might never be committed.
+    """
     if engine not in _engines:
         raise ValueError("a history makes its own engine, see connect(); TaskRunRepository takes a connection of yours")
+    return _engines[engine]
 
 
-def url_of(engine: Engine) -> URL | None:
-    """Return what an engine was made from; None if it only reads."""
-    return _engines.get(engine)
+def _limit_waiting(engine: Engine, seconds: float) -> None:
+    """Have PostgreSQL end a wait for a lock, unless a limit is set already.
+
+    Not behind PgBouncer, whose sessions are other clients' too. It is known by the number of the process that serves
+    the connection, which is not what was told when it was opened.
+    """
+
+    @event.listens_for(engine, "connect")
+    def connected(dbapi: Any, record: Any) -> None:
+        cursor = dbapi.cursor()
+        cursor.execute(
+            "SELECT set_config('lock_timeout', %s, false)"
+            " WHERE pg_backend_pid() = %s AND current_setting('lock_timeout') = '0'",
+            (f"{max(1, round(1000 * seconds))}ms", record.driver_connection.info.backend_pid),
+        )
+        cursor.close()
+        dbapi.commit()
+
+
+def only_reads(engine: Engine) -> bool:
+    """Whether an engine was made to read only."""
+    return engine in _readers
 
 
 def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
@@ -260,7 +292,8 @@ def _lock_name(connection: Connection, task_id: str) -> str:
     return "taskruns:" + hashlib.sha256(f"{database}\0{task_id}".encode()).hexdigest()[:40]
 
 
-_engines: weakref.WeakKeyDictionary[Engine, URL | None] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[Engine, URL] = weakref.WeakKeyDictionary()
+_readers: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: list[object] = []
 
 

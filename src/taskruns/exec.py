@@ -290,6 +290,7 @@ class _Record:
         self.is_open.set()
         self._wake()
         if self.overlaps is None:
+            self._keep_house()
             self._has_ended.wait()
             self._attempt(self._close)
         self.is_done.set()
@@ -306,6 +307,12 @@ class _Record:
         else:
             self.failure = None
 
+    def _keep_house(self) -> None:
+        """Do what the history needs now and then, while the command runs."""
+        if self.run is not None and self._history is not None:
+            with suppress(Exception), self._history:
+                self._history.recover(stale_after=None)
+
     def _open(self, history: TaskRunHistory) -> None:
         history.prepare()
         self.run = Retrying(**Retry(math.inf, history.on_retry).policy())(self._open_once, history)
@@ -313,21 +320,20 @@ class _Record:
     def _open_once(self, history: TaskRunHistory) -> TaskRun | None:
         with history.begin(lock=self._plan.task_id) as runs:
             self._starts_now()  # now that nobody is waited for any more
-            active = runs.active_runs(self._plan.task_id) if self._plan.no_overlap or self._is_repeated else []
-            if self._is_repeated:
-                for run in active:
-                    if (run.started_at, run.source) == (self._start["started_at"], history.source):
-                        return run  # by an earlier try, whose answer was lost
-            with self._decision:
-                if active and self._plan.no_overlap and not self._starts_anyway:
-                    self.overlaps = active[0]
-                    return None
-            self._is_repeated = True
-            return runs.open_run(self._plan.task_id, **self._start)
+            if self._plan.no_overlap and not self._is_repeated:
+                active = runs.active_runs(self._plan.task_id)
+                if active and runs.recover():
+                    active = runs.active_runs(self._plan.task_id)
+                with self._decision:
+                    if active and not self._starts_anyway:
+                        self.overlaps = active[0]
+                        return None
+            again, self._is_repeated = self._is_repeated, True
+            return runs.open_run(self._plan.task_id, **self._start, again=again)
 
     def _close(self, history: TaskRunHistory) -> None:
         if self.run is None:
             self._open(history)
         if self.run is not None:
-            history.close_run(self.run.task_id, self.run.attempt, **self._end)
+            history.close_run(self.run.task_id, self.run.attempt, **self._end, leave=True)
             self.is_written = True

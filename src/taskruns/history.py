@@ -9,18 +9,20 @@ from typing import Self, TypeVar
 
 from sqlalchemy import URL, Connection, Engine
 
-from taskruns import bulk, engine, migrate
+from taskruns import bulk, engine, migrate, recovery
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.engine import check_prepared, url_of
+from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
+from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
 from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stream import Stream
+from taskruns.supervision import HEARTBEAT, Supervision, Watch
 from taskruns.timeline import Effect
-from taskruns.writing import Start, close_alone, open_alone
+from taskruns.writing import Start
 
 T = TypeVar("T")
 
@@ -48,13 +50,15 @@ class TaskRunHistory:
         source: str | None = None,
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
+        heartbeat: float = HEARTBEAT,
     ) -> None:
-        check_prepared(engine)
+        url = url_of(engine)
         self._engine = engine
         self.on_retry = on_retry
         self.source = socket.gethostname() if source is None else source
+        self._supervision = Supervision(url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage(url_of(engine))
+        self._outage = Outage(None if only_reads(engine) else url)
         self._is_current = False
 
     @classmethod
@@ -67,6 +71,7 @@ class TaskRunHistory:
         lock_timeout: float = engine.LOCK_TIMEOUT,
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
+        heartbeat: float = HEARTBEAT,
     ) -> Self:
         """Return the history in a database. Nothing is opened before it is needed.
 
@@ -76,16 +81,17 @@ class TaskRunHistory:
                 behind PgBouncer).
             source: What runs are marked with; the host's name unless given.
             read_only: Open an SQLite file, which must exist, to read it only; on a server the role decides.
-            lock_timeout: Seconds to wait for another writer of an SQLite file.
+            lock_timeout: Seconds to wait for another writer, who holds a lock (not behind PgBouncer).
             retry_for: Seconds for which a call goes on trying after a transient error.
             on_retry: Called with each transient error before the next try.
+            heartbeat: Seconds between two signs of life, while a run that was opened here is active.
 
         Raises:
             ValueError: the URL is not that of a supported database.
             ModuleNotFoundError: its driver is not installed; the message names the extra that brings it.
         """
         own = engine.create(url, read_only=read_only, lock_timeout=lock_timeout)
-        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry)
+        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat)
 
     def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
@@ -130,8 +136,14 @@ class TaskRunHistory:
         """
         with self._engine.connect() as connection:
             self._require_current(connection)
-            with engine.transaction(connection, lock=lock):
-                yield TaskRunRepository(connection, source=self.source)
+            watch = Watch(self._supervision)
+            try:
+                with engine.transaction(connection, lock=lock):
+                    yield TaskRunRepository(connection, source=self.source, watch=watch)
+            except BaseException:
+                watch.undone()
+                raise
+            watch.committed()
 
     def open_run(
         self,
@@ -143,11 +155,26 @@ class TaskRunHistory:
         submission: str | None = None,
         source_attempt: int | None = None,
     ) -> TaskRun:
-        """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
+        """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`.
+
+        An earlier active run of the task that was opened here is closed, as failed and ``recovered``: a later start
+        shows that it is over. Runs of other histories, and those of :meth:`record`, are left alone.
+        """
         start = Start.of(
             task_id, attempt, started_at, self.source if source is None else source, submission, source_attempt
         )
-        return self._call(lambda connection, lost: open_alone(connection, start, lost=lost))
+        return self._open(start, is_certain=False)
+
+    def _open(self, start: Start, *, is_certain: bool) -> TaskRun:
+        self._register()
+        supervision = self._supervision
+        return self._call(
+            lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain)
+        )
+
+    def _register(self) -> None:
+        if self._supervision.is_new:
+            self._call(lambda connection, _lost: self._supervision.register(connection))
 
     def close_run(
         self,
@@ -158,10 +185,18 @@ class TaskRunHistory:
         error: str | None = None,
         exit_code: int | None = None,
         finished_at: datetime | None = None,
+        leave: bool = False,
     ) -> TaskRun:
-        """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`."""
+        """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`.
+
+        ``leave``: nothing more is going to be opened here. The supervisor is removed by the same transaction.
+        """
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
-        return self._call(lambda connection, lost: close_alone(connection, task_id, attempt, outcome, lost=lost))
+
+        supervision = self._supervision
+        return self._call(
+            lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
+        )
 
     def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
@@ -178,7 +213,40 @@ class TaskRunHistory:
 
     def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, in one transaction, and return what each did; see :class:`EventRecorder`."""
-        return self._call(lambda connection, _lost: stream.write(connection, events))
+        self._register()
+
+        return self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
+
+    def recover(
+        self,
+        *,
+        stale_after: float | None = STALE_AFTER,
+        unsupervised_after: float | None = None,
+        dry_run: bool = False,
+    ) -> list[TaskRun]:
+        """Close the active runs whose supervisor is dead, and return them, in transactions of their own.
+
+        A supervisor on this host (the same start of its kernel, the same container) is dead when its process has
+        ended; any other when it has not beaten for ``stale_after`` seconds, by the database's clock. A run is closed
+        as failed and ``recovered``, at the last sign of life; the real outcome replaces that, if it comes yet. What
+        has ended, and what has a sign of life meanwhile, is never touched.
+
+        Args:
+            stale_after: Seconds of silence that prove a death. None: only ended processes on this host do.
+            unsupervised_after: Also close runs that have no supervisor and started so many seconds ago: those that
+                were written by SQL, imported, or opened in a transaction of a host's own.
+            dry_run: Only return what would be closed.
+        """
+        limits = {"stale_after": stale_after, "unsupervised_after": unsupervised_after}
+        if dry_run:
+            return self._ask(lambda runs: runs.recover(dry_run=True, **limits))
+        closed: list[TaskRun] = []  # outside, as a second try does not find what the first has closed
+        self._call(lambda connection, _lost: closed.extend(recovery.recover(connection, Process.here(), **limits)))
+        return closed
+
+    def supervisors(self) -> list[Supervisor]:
+        """Return the processes that are registered to watch over runs, in the order they came."""
+        return self._ask(lambda runs: runs.supervisors())
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
@@ -240,9 +308,10 @@ class TaskRunHistory:
             handle = RecordedRun()
             if on_error == "raise" or not self._outage.is_on:
                 with self._outage.tolerated(task_id, on_error):
-                    handle.run = self.open_run(
-                        task_id, started_at=handle.started_at, source=source, submission=submission
+                    start = Start.of(
+                        task_id, None, handle.started_at, self.source if source is None else source, submission, None
                     )
+                    handle.run = self._open(start, is_certain=True)
             if handle.run is None:
                 self._outage.keep_start(handle, task_id, self.source if source is None else source, submission)
             return handle

@@ -6,7 +6,7 @@ The record and its phases follow the ``TaskRun`` of the Solti task model.
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Self
@@ -26,6 +26,9 @@ MAX_ERROR_BYTES = 64 * 1024
 """Bytes of UTF-8 that are kept of an error; a longer one keeps its head and its tail."""
 
 _ERROR_HEAD_BYTES = 16 * 1024
+
+SUPERSEDED = "run outcome not observed (a later attempt started first)"
+"""The error of a run whose supervisor has started the task again without telling how it ended."""
 
 
 class TaskPhase(StrEnum):
@@ -97,8 +100,8 @@ class TaskRun:
     """What ties the attempts of one submission together."""
     source_attempt: int | None = None
     """The source's own attempt counter, which may start again at 1."""
-    supervisor_id: int | None = None
-    """Who watches over the run while it is active."""
+    supervisor_id: int | None = field(default=None, compare=False)
+    """Who watches over the run while it is active. Equal runs may have different ones."""
 
     def __post_init__(self) -> None:
         # These hold for every stored run, as constraints of the table; so a reader never trips over them.

@@ -1,4 +1,4 @@
-"""The same table for users of the ORM, to join runs with their own models."""
+"""The same tables for users of the ORM, to join runs with their own models."""
 
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -32,3 +32,20 @@ class TaskRunRow(_Base):
         submission: Mapped[str | None]
         source_attempt: Mapped[int | None]
         supervisor_id: Mapped[int | None]
+
+
+class SupervisorRow(_Base):
+    """A row of ``supervisors``: a process that watches over active runs."""
+
+    __table__ = schema.supervisors
+
+    if TYPE_CHECKING:
+        id: Mapped[int]
+        source: Mapped[str]
+        host: Mapped[str]
+        boot_id: Mapped[str | None]
+        pid_namespace: Mapped[int | None]
+        pid: Mapped[int]
+        process_started: Mapped[int | None]
+        started_at: Mapped[datetime]
+        heartbeat_at: Mapped[datetime]

@@ -7,10 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Select
 
-from taskruns import bulk, engine, statements
+from taskruns import bulk, engine, recovery, statements
 from taskruns.bulk import RunsAdded
+from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_name, checked_phase
-from taskruns.writing import Start, close, key_of, open_start, run_of
+from taskruns.supervision import Watch
+from taskruns.writing import Start, close, key_of, open_start, run_of, supersede
 
 Phases = TaskPhase | Iterable[TaskPhase] | None
 """A phase, several, or None for all."""
@@ -29,12 +31,14 @@ class TaskRunRepository:
     """Opens, closes and reads runs on a connection whose transaction belongs to the caller.
 
     A host passes its own, such as ``session.connection()``, and its writes and ours become one. ``source`` marks the
-    runs that are opened without one.
+    runs that are opened without one. Only in a transaction of a history's (:meth:`TaskRunHistory.begin`) are they
+    watched over by a supervisor.
     """
 
-    def __init__(self, connection: Connection, *, source: str | None = None) -> None:
+    def __init__(self, connection: Connection, *, source: str | None = None, watch: Watch | None = None) -> None:
         self._connection = connection
         self._source = source
+        self._watch = watch
 
     def open_run(
         self,
@@ -45,11 +49,13 @@ class TaskRunRepository:
         source: str | None = None,
         submission: str | None = None,
         source_attempt: int | None = None,
+        again: bool = False,
     ) -> TaskRun:
         """Record that a run has started, and return it.
 
         Without ``attempt`` it gets the task's last number plus one. The same start told twice (task, attempt and
-        ``started_at``) gives the stored run. On PostgreSQL other openings of the task wait for this transaction.
+        ``started_at``) gives the stored run; without an attempt it does if it is told ``again``, as after an answer
+        that was lost. On PostgreSQL other openings of the task wait for this transaction.
 
         Raises:
             RunExistsError: the attempt was opened by another start.
@@ -61,7 +67,15 @@ class TaskRunRepository:
         )
         if attempt is None:
             engine.lock_task(self._connection, task_id)
-        return open_start(self._connection, start)
+        if self._watch is None:
+            return open_start(self._connection, start, again=again)
+        start = start.watched_by(self._watch.attend(self._connection))
+        superseded = self._watch.superseded_by(start)
+        run = open_start(self._connection, start, again=again)
+        if run.is_active and run.supervisor_id == start.run.supervisor_id:
+            supersede(self._connection, run, superseded)
+            self._watch.opened(run, superseded)
+        return run
 
     def close_run(
         self,
@@ -85,7 +99,27 @@ class TaskRunRepository:
             ValueError: ``phase`` is not terminal, or an argument is outside its rules.
         """
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
-        return close(self._connection, task_id, attempt, outcome)
+        run = close(self._connection, task_id, attempt, outcome)
+        if self._watch is not None:
+            self._watch.closed.append((task_id, attempt))
+        return run
+
+    def recover(
+        self,
+        *,
+        stale_after: float | None = STALE_AFTER,
+        unsupervised_after: float | None = None,
+        dry_run: bool = False,
+    ) -> list[TaskRun]:
+        """Close the active runs of dead supervisors, and return them: see :meth:`TaskRunHistory.recover`."""
+        losses = recovery.find_losses(
+            self._connection, Process.here(), stale_after=stale_after, unsupervised_after=unsupervised_after
+        )
+        return [loss.run for loss in losses.runs] if dry_run else recovery.close(self._connection, losses.runs)
+
+    def supervisors(self) -> list[Supervisor]:
+        """Return the processes that are registered to watch over runs, in the order they came."""
+        return recovery.supervisors(self._connection)
 
     def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are, finished or active, such as those of another database.

@@ -9,8 +9,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 _CONFLICT_SQLSTATES = {"40001", "40P01"}
 _TRANSIENT_SQLSTATES = {*_CONFLICT_SQLSTATES, "53300", "55P03", "57P01", "57P02", "57P03"}
-_CONFLICT_MYSQL_ERRORS = {1020, 1205, 1213}
-_TRANSIENT_MYSQL_ERRORS = {*_CONFLICT_MYSQL_ERRORS, 1040, 1053, 1927, 2002, 2003, 2006, 2013}
+_CONFLICT_MYSQL_ERRORS = {1020, 1213}
+_TRANSIENT_MYSQL_ERRORS = {*_CONFLICT_MYSQL_ERRORS, 1205, 1040, 1053, 1927, 2002, 2003, 2006, 2013}
 
 OnRetry = Callable[[BaseException], None]
 """What is told of an error after which a call is tried again."""

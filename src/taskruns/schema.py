@@ -1,4 +1,4 @@
-"""The table of the runs: columns, constraints and indexes. ``migrations/`` builds the same."""
+"""The tables: columns, constraints and indexes. ``migrations/`` builds the same."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -31,7 +31,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from taskruns.model import MAX_ATTEMPT, MAX_NAME_LENGTH, TaskPhase
 from taskruns.times import in_utc
 
-SCHEMA_VERSION = "1_0001"
+SCHEMA_VERSION = "1_0002"
 """The oldest revision this code works with, as MAJOR_NUMBER. Within a major, migrations only add."""
 
 VERSION_TABLE = "taskruns_version"
@@ -143,6 +143,27 @@ task_runs = Table(
     comment="One row for every attempt of every task",
     sqlite_with_rowid=False,
     # A server may default to latin1 and to a collation that knows no case.
+    mysql_charset="utf8mb4",
+    mysql_collate="utf8mb4_bin",
+    mariadb_charset="utf8mb4",
+    mariadb_collate="utf8mb4_bin",
+)
+
+supervisors = Table(
+    "supervisors",
+    metadata,
+    Column("id", BigInteger, autoincrement=False, nullable=False, comment="A random number"),
+    Column("source", _name(), nullable=False, comment="What it marks its runs with"),
+    Column("host", _name(), nullable=False, comment="The name of its host"),
+    Column("boot_id", String(36), comment="The start of the host's kernel since which its process numbers hold"),
+    Column("pid_namespace", BigInteger, comment="The namespace of its process number: each container has its own"),
+    Column("pid", BigInteger, nullable=False, comment="The number of its process"),
+    Column("process_started", BigInteger, comment="When its process started, in clock ticks since boot"),
+    Column("started_at", UTCDateTime, nullable=False, comment="When it was registered, by the database's clock, UTC"),
+    Column("heartbeat_at", UTCDateTime, nullable=False, comment="When it last beat, by the database's clock, UTC"),
+    PrimaryKeyConstraint("id"),
+    comment="The processes that watch over active runs",
+    sqlite_with_rowid=False,
     mysql_charset="utf8mb4",
     mysql_collate="utf8mb4_bin",
     mariadb_charset="utf8mb4",

@@ -4,10 +4,13 @@ Those of the write path take their values as bound parameters, so each is built 
 """
 
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
+    Delete,
     Insert,
     Integer,
     Select,
@@ -16,6 +19,7 @@ from sqlalchemy import (
     bindparam,
     case,
     column,
+    delete,
     exists,
     false,
     func,
@@ -29,15 +33,17 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from taskruns.model import MAX_ATTEMPT, TaskPhase
-from taskruns.schema import task_runs
+from taskruns.schema import UTCDateTime, supervisors, task_runs
 
 _T = task_runs
 _C = task_runs.c
+_S = supervisors.c
 _KEY = [_C.task_id, _C.attempt]
-_GIVEN = ("task_id", "started_at", "source", "submission", "source_attempt")
+_START = ("source", "submission", "source_attempt")
+_GIVEN = ("task_id", "started_at", *_START, "supervisor_id")
 
 COLUMNS = tuple(_T.columns)
 
@@ -83,7 +89,7 @@ def open_run(dialect: str, *, numbered: bool, returning: bool) -> Insert:
 @cache
 def find_start(*, numbered: bool) -> Select[Any]:
     """Select the run that a start like this has opened."""
-    same = [_C[name].is_not_distinct_from(_bind(name)) for name in ("source", "submission", "source_attempt")]
+    same = [_C[name].is_not_distinct_from(_bind(name)) for name in _START]
     query = select(*COLUMNS).where(_C.task_id == _bind("task_id"), _C.started_at == _bind("started_at"), *same)
     if numbered:
         query = query.where(_C.attempt == _bind("attempt"))
@@ -125,6 +131,88 @@ def refine_run(phase: TaskPhase) -> Update:
         error, exit_code = func.coalesce(why, _C.error), func.coalesce(code, _C.exit_code)
     refining = update(_T).where(*_THE_RUN, _C.phase.in_(lower), not_(_C.recovered))
     return refining.values(phase=literal(phase, _C.phase.type), error=error, exit_code=exit_code)
+
+
+def now(dialect: str) -> ColumnElement[datetime]:
+    """Return the database's clock, in UTC, as times are stored."""
+    clocks = {
+        "sqlite": "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'",
+        "postgresql": "clock_timestamp()",
+    }
+    return literal_column(clocks.get(dialect, "utc_timestamp(6)"), type_=UTCDateTime())
+
+
+@cache
+def beat(dialect: str) -> Insert:
+    """Renew a supervisor's heartbeat; insert the supervisor if it is not there."""
+    given: dict[str, Any] = {column.name: bindparam(column.name, type_=column.type) for column in _S}
+    given |= {"started_at": now(dialect), "heartbeat_at": now(dialect)}
+    renewed = {"heartbeat_at": now(dialect)}
+    if dialect == "postgresql":
+        return postgresql.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
+    if dialect == "sqlite":
+        return sqlite.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
+    return mysql.insert(supervisors).values(given).on_duplicate_key_update(renewed)
+
+
+@cache
+def all_supervisors(dialect: str) -> Select[Any]:
+    """Select the supervisors, each with the database's time and the number of its active runs."""
+    active = (
+        select(_C.supervisor_id, func.count().label("number"))
+        .where(_C.finished_at.is_(None))
+        .group_by(_C.supervisor_id)
+        .subquery("active")
+    )
+    number = func.coalesce(active.c.number, 0)
+    query = select(*_S, now(dialect), number).outerjoin(active, active.c.supervisor_id == _S.id)
+    return query.order_by(_S.started_at, _S.id)
+
+
+def runs_of_supervisors(ids: Collection[int]) -> Select[Any]:
+    """Select the active runs of some supervisors."""
+    return select(*COLUMNS).where(_C.finished_at.is_(None), _C.supervisor_id.in_(ids)).order_by(*_KEY)
+
+
+@cache
+def unsupervised_runs(dialect: str) -> Select[Any]:
+    """Select the database's time and the active runs that no known supervisor watches over."""
+    unknown = not_(exists().where(_S.id == _C.supervisor_id))
+    return select(now(dialect), *COLUMNS).where(_C.finished_at.is_(None), unknown).order_by(*_KEY)
+
+
+_WATCHER = bindparam("watcher", type_=_S.id.type)
+_UNMOVED = (_S.id == _WATCHER, _S.heartbeat_at == bindparam("last_beat", type_=_S.heartbeat_at.type))
+
+
+@cache
+def recover_run(*, supervised: bool) -> Update:
+    """Close an active run with an inferred outcome; of a supervisor's only if that has not beaten meanwhile."""
+    end = bindparam("end", type_=_C.finished_at.type)
+    recovering = update(_T).where(*_THE_RUN, _C.finished_at.is_(None))
+    if supervised:
+        recovering = recovering.where(_C.supervisor_id == _WATCHER, exists().where(*_UNMOVED))
+    return recovering.values(
+        phase=literal(TaskPhase.FAILED, _C.phase.type),
+        finished_at=case((_C.started_at > end, _C.started_at), else_=end),
+        error=bindparam("why", type_=_C.error.type),
+        recovered=true(),
+    )
+
+
+_WATCHES_NOTHING = not_(exists().where(_C.supervisor_id == _S.id, _C.finished_at.is_(None)))
+
+
+@cache
+def remove_supervisor() -> Delete:
+    """Delete a supervisor without active runs."""
+    return delete(supervisors).where(_S.id == _WATCHER, _WATCHES_NOTHING)
+
+
+@cache
+def remove_silent_supervisor() -> Delete:
+    """The same, unless it has beaten meanwhile."""
+    return delete(supervisors).where(*_UNMOVED, _WATCHES_NOTHING)
 
 
 @cache
@@ -226,6 +314,16 @@ def active_runs(task_id: str | None = None) -> Select[Any]:
     """Select the active runs, of one task or of all, in the order they started."""
     query = select(*COLUMNS).where(_C.finished_at.is_(None)).order_by(_C.started_at, *_KEY)
     return query if task_id is None else query.where(_C.task_id == task_id)
+
+
+def active_count() -> Select[Any, Any]:
+    """Select the number of active runs, and when the oldest of them started."""
+    return select(func.count(), func.min(_C.started_at)).where(_C.finished_at.is_(None))
+
+
+def oldest_runs(*, limit: int) -> Select[Any]:
+    """Select when the oldest runs of all tasks started and finished: some entries of the index, never the table."""
+    return select(_C.started_at, _C.finished_at).order_by(_C.started_at).limit(limit)
 
 
 def tasks(*, walk: bool, lateral: bool = False, limit: int | None = None, after: str | None = None) -> Select[Any]:

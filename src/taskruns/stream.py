@@ -41,9 +41,17 @@ class Stream:
     def __init__(self, source: str) -> None:
         self.source = checked_name(source, "source")
         self._timelines: OrderedDict[str, Timeline] = OrderedDict()
+        self._active: set[str] = set()
 
-    def write(self, connection: Connection, events: Sequence[Event]) -> list[Effect]:
+    @property
+    def is_active(self) -> bool:
+        """Whether a run of the stream is active, as far as it has told."""
+        return bool(self._active)
+
+    def write(self, connection: Connection, events: Sequence[Event], supervisor_id: int | None = None) -> list[Effect]:
         """Do what events say, in a transaction of its own, and return what each did.
+
+        The supervisor watches over the runs that are opened.
 
         Raises:
             AttemptConflictError: others keep writing to the same runs.
@@ -54,21 +62,39 @@ class Stream:
                     if number:  # where the first try has met somebody
                         for task_id in sorted({event.task_id for event in events if event.task_id}):
                             engine.lock_task(connection, task_id)
-                    return _Writing(self.source, self._timelines, connection).write(events)
+                    writing = _Writing(self.source, self._timelines, connection, supervisor_id)
+                    effects = writing.write(events)
             except BaseException as error:
                 self._timelines.clear()
                 if not isinstance(error, _OutrunError | IntegrityError):
                     raise  # the caller tries again where that is worth it
+            else:
+                self._note_active(events)
+                return effects
         raise AttemptConflictError(events[0].task_id)
+
+    def _note_active(self, events: Sequence[Event]) -> None:
+        for task_id in {event.task_id for event in events}.intersection(self._timelines):
+            if self._timelines[task_id].is_active:
+                self._active.add(task_id)
+            else:
+                self._active.discard(task_id)
 
 
 class _Writing:
     """One transaction of a stream."""
 
-    def __init__(self, source: str, timelines: "OrderedDict[str, Timeline]", connection: Connection) -> None:
+    def __init__(
+        self,
+        source: str,
+        timelines: "OrderedDict[str, Timeline]",
+        connection: Connection,
+        supervisor_id: int | None,
+    ) -> None:
         self._source = source
         self._timelines = timelines
         self._connection = connection
+        self._supervisor_id = supervisor_id
         self._touched: dict[str, Timeline] = {}
         self._last: dict[str, int] = {}
 
@@ -156,7 +182,7 @@ class _Writing:
             timeline.changed.clear()
         self._touched.clear()
         if opened:
-            bulk.insert_rows(self._connection, opened)
+            bulk.insert_rows(self._connection, opened, self._supervisor_id)
         if amended:
             result = self._connection.execute(statements.amend_run(), amended)
             if result.rowcount != len(amended):

@@ -13,10 +13,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from taskruns.events import Event, Role
-from taskruns.model import MAX_ATTEMPT, RANK, Outcome, TaskPhase
-
-NOT_OBSERVED = "run outcome not observed (a later attempt started first)"
-"""The error of a run whose supervisor has started the task again without telling how it ended."""
+from taskruns.model import MAX_ATTEMPT, RANK, SUPERSEDED, Outcome, TaskPhase
 
 _SOON = timedelta(seconds=1)
 """Within this a supervisor tells what it makes of the end of an attempt; Taskvisor does so at once."""
@@ -129,6 +126,11 @@ class Timeline:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether one of the runs is active."""
+        return bool(self._active)
 
     def covers(self, at: datetime) -> bool:
         """Whether the runs around a moment are known."""
@@ -288,7 +290,7 @@ class Timeline:
             if active is not entry and _matches(active, entry.submission) and active.place < entry.place:
                 self._lose(active, entry.started_at)
         previous = next(self._before(place, entry.submission), None)
-        if previous is not None and previous.recovered and previous.error == NOT_OBSERVED:
+        if previous is not None and previous.recovered and previous.error == SUPERSEDED:
             assert previous.finished_at is not None  # noqa: S101  (for mypy: only active runs have none)
             if entry.started_at < previous.finished_at or previous.finished_at == moved_from:
                 self._lose(previous, entry.started_at)
@@ -299,7 +301,7 @@ class Timeline:
 
     def _lose(self, entry: Entry, at: datetime) -> None:
         """Close a run of which the end was not told, at the moment its successor started."""
-        self._set(entry, Outcome(TaskPhase.FAILED, NOT_OBSERVED, None, at), recovered=True)
+        self._set(entry, Outcome(TaskPhase.FAILED, SUPERSEDED, None, at), recovered=True)
 
     def _close(self, entry: Entry, outcome: Outcome) -> Effect:
         self._set(entry, outcome)

@@ -66,6 +66,12 @@ def is_file(url: URL) -> bool:
     )
 
 
+def is_in_memory(url: URL) -> bool:
+    """Whether this is an SQLite database that is not kept on disk."""
+    name = str(url.database or ":memory:")
+    return url.get_backend_name() == "sqlite" and (":memory:" in name or url.query.get("mode") == "memory")
+
+
 def hide_password(url: URL) -> str:
     """Return the URL as text without its password, wherever it stands in it."""
     secret = {key: "***" for key in url.query if re.search("pass|secret|token", key.lower())}

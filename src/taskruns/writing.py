@@ -1,5 +1,6 @@
 """How a run is opened and closed on a connection: numbers, conflicts, and the order of outcomes."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -9,7 +10,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from taskruns import engine, statements
 from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
-from taskruns.model import MAX_ATTEMPT, RANK, Outcome, TaskRun, checked_attempt, checked_name
+from taskruns.model import MAX_ATTEMPT, RANK, SUPERSEDED, Outcome, TaskRun, checked_attempt, checked_name
 from taskruns.retrying import is_conflict
 
 _TRIES = 50
@@ -54,15 +55,21 @@ class Start:
             "source": run.source,
             "submission": run.submission,
             "source_attempt": run.source_attempt,
+            "supervisor_id": run.supervisor_id,
         }
 
+    def watched_by(self, supervisor_id: int | None) -> "Start":
+        """Return the same start of a run that this supervisor watches over."""
+        return Start(replace(self.run, supervisor_id=supervisor_id), self.numbered)
 
-def open_alone(connection: Connection, start: Start, *, lost: bool) -> TaskRun:
+
+def open_alone(connection: Connection, start: Start, *, lost: bool, superseded: Collection[int] = ()) -> TaskRun:
     """Open a run in a transaction of its own: one statement or, if its number was taken meanwhile, under a lock.
 
-    ``lost`` says that an earlier try may have been written although its answer was lost.
+    ``lost`` says that an earlier try may have been written although its answer was lost. ``superseded`` are the
+    attempts that this start shows to be over, see :func:`supersede`.
     """
-    if not lost:
+    if not (lost or superseded):
         try:
             run = _try(connection, start)
         except DBAPIError as error:
@@ -73,11 +80,27 @@ def open_alone(connection: Connection, start: Start, *, lost: bool) -> TaskRun:
             return run
         connection.rollback()
     with engine.transaction(connection, lock=start.run.task_id):
-        return (_find(connection, start) if lost else None) or open_start(connection, start)
+        run = open_start(connection, start, again=lost)
+        if run.is_active and run.supervisor_id == start.run.supervisor_id:  # else it has been told before
+            supersede(connection, run, superseded)
+        return run
 
 
-def open_start(connection: Connection, start: Start) -> TaskRun:
-    """Open a run in the caller's transaction, which had better hold the task's lock."""
+def supersede(connection: Connection, run: TaskRun, attempts: Collection[int]) -> None:
+    """Close active runs of the same task and supervisor, of which this later start shows that they are over."""
+    for attempt in attempts:
+        if attempt != run.attempt:
+            values = {"end": run.started_at, "why": SUPERSEDED}
+            connection.execute(statements.recover_run(supervised=False), key_of(run.task_id, attempt) | values)
+
+
+def open_start(connection: Connection, start: Start, *, again: bool = False) -> TaskRun:
+    """Open a run in the caller's transaction, which had better hold the task's lock.
+
+    ``again``: it may have been opened before.
+    """
+    if again and (found := _find(connection, start)) is not None:
+        return found
     for _ in range(_TRIES):
         run = _try(connection, start)
         if run is not None:

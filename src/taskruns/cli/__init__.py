@@ -22,7 +22,10 @@ _COMMANDS = {
     "replay": "replay",
     "export": "transfer",
     "import": "transfer",
+    "supervisors": "supervisors",
+    "recover": "supervisors",
     "db": "db",
+    "doctor": "doctor",
     "completion": "completion",
 }
 

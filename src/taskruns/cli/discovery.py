@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,13 +34,19 @@ class Database:
 
         Never a file in the working directory: cron has none to speak of.
         """
-        if option is not None:
-            return cls(_parse(option, "--db"), "--db")
-        if variable := os.environ.get("TASKRUNS_DB"):
-            return cls(_parse(variable, "TASKRUNS_DB"), "TASKRUNS_DB")
-        for path in (user_config(), SYSTEM_CONFIG):
-            if (named := _configured(path)) is not None:
-                return cls(_parse(named, str(path)), str(path))
+        for by, ask in places(option):
+            if (named := ask()) is not None:
+                return cls.named(named, by)
+        return cls.default()
+
+    @classmethod
+    def named(cls, name: str, by: str) -> "Database":
+        """Return the database of this URL or path."""
+        return cls(_parse(name, by), by)
+
+    @classmethod
+    def default(cls) -> "Database":
+        """Return the file that is used where nothing else is named."""
         default = user_data_path("taskruns") / "taskruns.db"
         return cls(parse_url(URL.create("sqlite", database=str(default))), "the default")
 
@@ -67,6 +74,14 @@ class Database:
         """Check that the file of an SQLite database is there."""
         if is_file(self.url) and not Path(self.url.database or "").is_file():
             raise click.ClickException(f"no such database: {self.url.database} (named by {self.named_by})")
+
+
+def places(option: str | None) -> Iterator[tuple[str, Callable[[], str | None]]]:
+    """Yield what may name a database, the first one first, each with how to ask it."""
+    yield "--db", lambda: option
+    yield "TASKRUNS_DB", lambda: os.environ.get("TASKRUNS_DB") or None
+    for path in (user_config(), SYSTEM_CONFIG):
+        yield str(path), partial(_configured, path)
 
 
 def user_config() -> Path:

@@ -14,6 +14,9 @@ from taskruns.cli.task_id import TaskId
 from taskruns.history import TaskRunHistory
 from taskruns.retrying import OnRetry
 
+_HEARTBEAT = 30.0
+"""Seconds between two signs of life: most commands need none."""
+
 
 class _Command(click.Command):
     """Takes options before and after TASK, and leaves those of the command to the command, also without a ``--``."""
@@ -115,7 +118,8 @@ def exec_command(
                 complain(line)
 
     def connect(note: OnRetry) -> TaskRunHistory:
-        return TaskRunHistory.connect(Database.find(option).url, retry_for=math.inf, on_retry=note)
+        found = Database.find(option)
+        return TaskRunHistory.connect(found.url, retry_for=math.inf, on_retry=note, heartbeat=_HEARTBEAT)
 
     status = execution.execute(plan, connect, say)
     # A database call that hangs in its thread must not keep the process.

@@ -38,6 +38,9 @@ RUN_COLUMNS: Sequence[Column] = (
 )
 TASK_COLUMNS: Sequence[Column] = (("TASK", "task"), *RUN_COLUMNS)
 
+_NUMBERS = frozenset({"ATTEMPT", "DURATION", "EXIT", "ACTIVE", "LAST SEEN"})
+_FOLDED = frozenset({"TASK", "SOURCE", "SUPERVISOR"})
+
 
 def print_json(run: TaskRun) -> None:
     """Print a run as a line of JSON."""
@@ -48,21 +51,24 @@ def print_json(run: TaskRun) -> None:
 
 def print_table(runs: Iterable[TaskRun], columns: Sequence[Column]) -> None:
     """Print runs as a table; where the output is not a terminal, as plain text without colour or cuts."""
-    rows = [_cells(run, columns) for run in runs]
+    print_rows([heading for heading, _ in columns], [_cells(run, columns) for run in runs])
+
+
+def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+    """Print a table of anything, likewise."""
     if not rows:
         return
-    headings = [heading for heading, _ in columns]
     if not sys.stdout.isatty():
         _print_plain([headings, *[[cell.plain for cell in row] for row in rows]])
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading, name in columns:
+    for heading in headings:
         table.add_column(
             heading,
-            justify="right" if name in ("attempt", "duration", "exit") else "left",
-            overflow="ellipsis" if name == "error" else "fold",
-            no_wrap=name not in ("task", "source"),
-            max_width=60 if name == "task" else None,
+            justify="right" if heading in _NUMBERS else "left",
+            overflow="ellipsis" if heading == "ERROR" else "fold",
+            no_wrap=heading not in _FOLDED,
+            max_width=60 if heading == "TASK" else None,
         )
     for row in rows:
         table.add_row(*row)

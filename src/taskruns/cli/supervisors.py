@@ -1,0 +1,109 @@
+"""``taskruns supervisors`` and ``taskruns recover``."""
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import click
+from rich.text import Text
+
+from taskruns.cli import complain
+from taskruns.cli.discovery import database, db_option
+from taskruns.cli.durations import Duration, readable
+from taskruns.cli.output import TASK_COLUMNS, print_json, print_rows, print_table, printable
+from taskruns.history import TaskRunHistory
+from taskruns.liveness import STALE_AFTER, Process, Supervisor
+from taskruns.times import rfc3339
+
+_STYLES = {"alive": "green", "idle": "", "stale": "red"}
+_HEADINGS = ("SUPERVISOR", "SOURCE", "STATE", "ACTIVE", "LAST SEEN", "SINCE (UTC)")
+
+
+_stale_after = click.option(
+    "--stale-after",
+    type=Duration(),
+    default=f"{STALE_AFTER:.0f}s",
+    show_default=True,
+    help="How long a supervisor that cannot be seen from here may be silent.",
+)
+
+
+@click.command("supervisors")
+@_stale_after
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each supervisor.")
+@db_option
+def supervisors_command(stale_after: float, as_json: bool) -> None:
+    """List the processes that watch over runs: alive, idle (without an active run), or stale.
+
+    The runs of a stale one are closed by `taskruns recover`.
+    """
+    here = Process.here()
+    with database().reading() as history:
+        found = [(known, _state(known, here, stale_after)) for known in history.supervisors()]
+    if as_json:
+        for known, state in found:
+            click.echo(json.dumps(_wire(known, state)))
+    else:
+        print_rows(_HEADINGS, [_row(known, state) for known, state in found])
+
+
+def _state(known: Supervisor, here: Process, stale_after: float) -> str:
+    if known.is_dead(here, stale_after if known.active_runs else None):
+        return "stale"
+    return "alive" if known.active_runs else "idle"
+
+
+def _wire(known: Supervisor, state: str) -> dict[str, Any]:
+    return {
+        "id": known.id,
+        "source": known.source,
+        "host": known.process.host,
+        "pid": known.process.pid,
+        "state": state,
+        "activeRuns": known.active_runs,
+        "startedAt": rfc3339(known.started_at),
+        "heartbeatAt": rfc3339(known.heartbeat_at),
+        "silenceMs": known.silence // timedelta(milliseconds=1),
+    }
+
+
+def _row(known: Supervisor, state: str) -> Sequence[Text]:
+    return (
+        Text(printable(str(known))),
+        Text(printable(known.source)),
+        Text(state, style=_STYLES[state]),
+        Text(str(known.active_runs)),
+        Text(f"{readable(max(known.silence, timedelta(0)))} ago"),
+        Text(f"{known.started_at:%F %T}"),
+    )
+
+
+@click.command("recover")
+@_stale_after
+@click.option(
+    "--unsupervised",
+    type=Duration(),
+    metavar="AGE",
+    help="Also close runs without a supervisor that started so long ago: written by SQL, or imported.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be closed.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each run.")
+@db_option
+def recover_command(stale_after: float, unsupervised: float | None, dry_run: bool, as_json: bool) -> None:
+    """Close the active runs of processes that are gone, as failed; show these runs.
+
+    On this host a process that has ended is gone; elsewhere one that has given no sign of life for a while. A real
+    outcome that comes later replaces the inferred one.
+    """
+    found = database()
+    found.require()
+    with found.options_checked(), TaskRunHistory.connect(found.url) as history:
+        runs = history.recover(stale_after=stale_after, unsupervised_after=unsupervised, dry_run=dry_run)
+    if as_json:
+        for run in runs:
+            print_json(run)
+        return
+    print_table(runs, TASK_COLUMNS)
+    many = f"{len(runs)} run{'s' * (len(runs) != 1)}"
+    complain(f"{many} would be closed" if dry_run else f"{many} closed")

@@ -1,0 +1,271 @@
+"""A history's own part in the supervisors: it registers, beats while a run of it is active, and knows which are."""
+
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Collection, Sequence
+from datetime import datetime
+
+from sqlalchemy import URL, Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from taskruns import engine, recovery, statements
+from taskruns.errors import RunClosedError, RunNotFoundError
+from taskruns.events import Event
+from taskruns.liveness import Process
+from taskruns.model import Outcome, TaskRun
+from taskruns.retrying import is_lost, is_refusal
+from taskruns.stream import Stream
+from taskruns.timeline import Effect
+from taskruns.url import is_in_memory
+from taskruns.writing import Start, close_alone, open_alone
+
+HEARTBEAT = 10.0
+"""Seconds between two heartbeats; those that judge a supervisor by them wait for several."""
+
+_JITTER = 0.1
+"""The part of these by which they vary, so that the processes of a host do not all beat at the same moment."""
+
+_ID_BITS = 53
+"""Bits of a supervisor's number: as many as a number of JavaScript holds. Drawn at random, none is used twice."""
+
+_random = secrets.SystemRandom()  # not of the seed that the program may have set
+
+_log = logging.getLogger("taskruns")
+
+
+def _clock() -> float:
+    # Goes on while the machine sleeps, unlike the monotonic one: a laptop that wakes up has not beaten for long.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class Supervision:
+    """The supervisor that a history is. May be shared between threads; a forked child becomes one of its own.
+
+    No lock is held while the database is waited for: under asyncio that would stop the event loop.
+    """
+
+    def __init__(self, url: URL, source: str, interval: float) -> None:
+        if not interval > 0:
+            raise ValueError(f"heartbeat is a number of seconds above 0, not {interval}")
+        # Nobody else sees a database in memory, and it ends with the process.
+        self._url = None if is_in_memory(url) else url
+        self._source = source
+        self._interval = interval
+        self.begin_anew()
+        _all.add(self)
+
+    def begin_anew(self) -> None:
+        """Be a supervisor that has no runs and is not registered."""
+        self._lock = threading.Lock()
+        self._id = _random.getrandbits(_ID_BITS)
+        self._process: Process | None = None
+        self._beaten_at: float | None = None
+        self._active: dict[str, dict[int, _Watched]] = {}
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._heart: threading.Thread | None = None
+
+    @property
+    def _number(self) -> int | None:
+        return None if self._url is None else self._id
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has to be registered."""
+        return self._url is not None and self._beaten_at is None
+
+    def register(self, connection: Connection) -> None:
+        """Register, and close what the dead of this host have left behind."""
+        self._beat(connection)
+        connection.commit()
+        assert self._process is not None  # noqa: S101  (for mypy: it has beaten)
+        try:
+            for run in recovery.recover(connection, self._process, stale_after=None):
+                _log.debug("recovered attempt %d of task %r", run.attempt, run.task_id)
+        except SQLAlchemyError as error:
+            if is_lost(error) or is_refusal(error):
+                raise  # the run that is to be opened would have to wait for the same
+            _log.debug("the runs of the dead are left to others", exc_info=True)
+
+    def attend(self, connection: Connection) -> int | None:
+        """Beat if that is due, before a run is opened: it must not look like one of the dead. Return the own number.
+
+        None if nobody else can see the database.
+        """
+        if self._url is not None and (self._beaten_at is None or _clock() - self._beaten_at > self._interval):
+            self._beat(connection)
+        return self._number
+
+    def _beat(self, connection: Connection) -> None:
+        began_at = _clock()
+        if self._process is None:
+            self._process = Process.here()
+        process = self._process
+        given = {
+            "id": self._id,
+            "source": self._source,
+            "host": process.host,
+            "boot_id": process.boot_id,
+            "pid_namespace": process.pid_namespace,
+            "pid": process.pid,
+            "process_started": process.started,
+        }
+        connection.execute(statements.beat(connection.dialect.name), given)
+        self._beaten_at = began_at
+
+    def doubt(self) -> None:
+        """Take it that the last beat may not have been written, or be gone."""
+        self._beaten_at = None
+
+    def open(self, connection: Connection, start: Start, *, lost: bool, is_certain: bool) -> TaskRun:
+        """Open a run in a transaction of its own, and watch over it: see :func:`writing.open_alone`.
+
+        ``is_certain``: its end will be told, whatever else starts meanwhile.
+        """
+        start = start.watched_by(self.attend(connection))
+        connection.commit()
+        superseded = self.superseded_by(start)
+        run = open_alone(connection, start, lost=lost, superseded=superseded)
+        self.opened(run, superseded=superseded, is_certain=is_certain)
+        return run
+
+    def close(
+        self, connection: Connection, task_id: str, attempt: int, outcome: Outcome, *, lost: bool, leave: bool
+    ) -> TaskRun:
+        """Close a run in a transaction of its own, and watch over it no more: see :func:`writing.close_alone`.
+
+        ``leave``: by the same transaction the own row is removed, unless it is needed for another run.
+        """
+        try:
+            if not leave:
+                run = close_alone(connection, task_id, attempt, outcome, lost=lost)
+            else:
+                with engine.transaction(connection):
+                    run = close_alone(connection, task_id, attempt, outcome, lost=lost)
+                    connection.execute(statements.remove_supervisor(), {"watcher": self._id})
+                self.doubt()
+        except (RunClosedError, RunNotFoundError):
+            self.closed(task_id, attempt)
+            raise
+        self.closed(task_id, attempt)
+        return run
+
+    def write(self, connection: Connection, stream: Stream, events: Sequence[Event]) -> list[Effect]:
+        """Do what events of a stream say, and watch over its runs: see :meth:`Stream.write`."""
+        number = self.attend(connection)
+        connection.commit()
+        effects = stream.write(connection, events, number)
+        with self._lock:
+            self._streams.add(stream)
+            if stream.is_active:
+                self._live()
+        return effects
+
+    def superseded_by(self, start: Start) -> list[int]:
+        """Return the attempts of the task that a start shows to be over: a later start by the same supervisor."""
+        with self._lock:
+            watched = self._active.get(start.run.task_id, {})
+            if start.numbered and start.run.attempt in watched:
+                return []  # told again
+            return [
+                attempt
+                for attempt, (started_at, is_certain) in watched.items()
+                if not is_certain and started_at < start.run.started_at
+            ]
+
+    def opened(self, run: TaskRun, *, superseded: Collection[int] = (), is_certain: bool = False) -> None:
+        """Watch over a run that was opened here, and no more over those that it has superseded."""
+        if not (run.is_active and run.supervisor_id == self._number):
+            return
+        for attempt in superseded:
+            self.closed(run.task_id, attempt)
+        with self._lock:
+            self._active.setdefault(run.task_id, {})[run.attempt] = (run.started_at, is_certain)
+            self._live()
+
+    def closed(self, task_id: str, attempt: int) -> None:
+        """Watch over a run no more."""
+        with self._lock:
+            watched = self._active.get(task_id, {})
+            watched.pop(attempt, None)
+            if not watched:
+                self._active.pop(task_id, None)
+
+    def _live(self) -> None:
+        """See to it that there is a heart. The caller holds the lock."""
+        if self._heart is None and self._url is not None:
+            self._heart = threading.Thread(target=self._beat_on, name="taskruns-heartbeat", daemon=True)
+            self._heart.start()
+
+    def _beat_on(self) -> None:
+        """Beat while there is an active run, through connections of its own: those of the pool may all be in use."""
+        assert self._url is not None  # noqa: S101  (for mypy: or there were no heart)
+        own = None
+        while True:
+            time.sleep(self._interval * _random.uniform(1 - _JITTER, 1 + _JITTER))
+            with self._lock:
+                if not (self._active or any(stream.is_active for stream in self._streams)):
+                    self._heart = None
+                    return
+            own = own or engine.create(self._url)
+            try:
+                with own.connect() as connection:
+                    self._beat(connection)
+            except Exception:  # noqa: BLE001  (the next beat may do better)
+                _log.debug("a heartbeat was not recorded", exc_info=True)
+            own.dispose()
+
+
+class Watch:
+    """What a transaction does to the runs that a supervisor watches over, once it is committed."""
+
+    def __init__(self, supervision: Supervision) -> None:
+        self._supervision = supervision
+        self._opened: list[tuple[TaskRun, list[int]]] = []
+        self.closed: list[tuple[str, int]] = []
+
+    def attend(self, connection: Connection) -> int | None:
+        """Have the supervisor attend: see :meth:`Supervision.attend`."""
+        return self._supervision.attend(connection)
+
+    def superseded_by(self, start: Start) -> list[int]:
+        """Return the attempts that a start shows to be over, those of this transaction too."""
+        here = [run for run, _ in self._opened if run.task_id == start.run.task_id]
+        if start.numbered and any(run.attempt == start.run.attempt for run in here):
+            return []  # told again
+        earlier = [run.attempt for run in here if run.started_at < start.run.started_at]
+        return [*self._supervision.superseded_by(start), *earlier]
+
+    def opened(self, run: TaskRun, superseded: list[int]) -> None:
+        """Take note of a run that was opened, and of those that it has superseded."""
+        self._opened.append((run, superseded))
+
+    def committed(self) -> None:
+        """Take it over."""
+        for run, superseded in self._opened:
+            self._supervision.opened(run, superseded=superseded)
+        for task_id, attempt in self.closed:
+            self._supervision.closed(task_id, attempt)
+
+    def undone(self) -> None:
+        """Leave it: the transaction was rolled back, perhaps with a heartbeat."""
+        self._supervision.doubt()
+
+
+_Watched = tuple[datetime, bool]
+"""When a run started, and whether it is certain that its end will be told."""
+
+_all: weakref.WeakSet[Supervision] = weakref.WeakSet()
+
+
+def _be_born() -> None:
+    """Make a forked child a supervisor of its own: it has no part in its parent's runs."""
+    for supervision in list(_all):
+        supervision.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_be_born)
