@@ -400,6 +400,8 @@ class AsyncTaskRunHistory:
                     handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
                     return
             await asyncio.to_thread(self._outage.keep_end, handle, task_id, exception)
+            if handle.run is not None:
+                self._supervision.closed(task_id, handle.run.attempt)
 
         return AsyncRecording(begin, end)
 

@@ -323,6 +323,8 @@ class TaskRunHistory:
                     handle.run = self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
                     return
             self._outage.keep_end(handle, task_id, exception)
+            if handle.run is not None:
+                self._supervision.closed(task_id, handle.run.attempt)
 
         return Recording(begin, end)
 
