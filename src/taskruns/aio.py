@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from taskruns import bulk, engine, migrate, pruning, recovery
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.engine import url_of
+from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.history import PAGE, RETRY_FOR, Operation
@@ -173,7 +173,7 @@ class AsyncTaskRunHistory:
         self.source = socket.gethostname() if source is None else source
         self._supervision = Supervision(self.url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage(self.url)
+        self._outage = Outage(None if only_reads(engine.sync_engine) else self.url)
         self._is_current = False
 
     @classmethod

@@ -13,7 +13,7 @@ from sqlalchemy import URL, Connection, Engine
 
 from taskruns import bulk, engine, migrate, pruning, recovery
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.engine import url_of
+from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
@@ -67,7 +67,7 @@ class TaskRunHistory:
         self.source = socket.gethostname() if source is None else source
         self._supervision = Supervision(self.url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage(self.url)
+        self._outage = Outage(None if only_reads(engine) else self.url)
         self._is_current = False
 
     @classmethod

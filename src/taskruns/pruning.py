@@ -1,8 +1,8 @@
 """Deleting runs on a connection: passes over the table, slices of it, and single tasks, in short transactions."""
 
 import logging
-import random
 import re
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +37,8 @@ _REST = 5
 """How much longer than its transaction a pass rests on SQLite."""
 
 Key = tuple[str, int]
+
+_random = secrets.SystemRandom()  # not of the seed that the program may have set
 
 _log = logging.getLogger("taskruns")
 
@@ -167,7 +169,7 @@ def tidy(connection: Connection, retention: Retention, task_id: str) -> int:
     pages = [statements.first_runs(checked_name(task_id, "task id"), limit=BATCH)]
     oldest = connection.execute(statements.runs_started(until=before, limit=1)).first()
     if oldest is not None:
-        moment = oldest.started_at + random.random() * (before - oldest.started_at)  # noqa: S311  (no secret)
+        moment = oldest.started_at + _random.random() * (before - oldest.started_at)
         pages += [statements.runs_started(until=before, since=since, limit=BATCH) for since in (None, moment)]
     due: dict[Key, None] = {}
     small: dict[str, None] = {}
@@ -199,12 +201,12 @@ def turns_of(events: Sequence[Event], effects: Sequence[Effect]) -> list[str]:
     """
     ended = [event.task_id for event, effect in zip(events, effects, strict=True) if effect is Effect.CLOSED]
     turns = len(ended) / TURN
-    count = int(turns) + (random.random() < turns % 1)  # noqa: S311  (no secret)
-    return random.sample(ended, min(count, _MOST_TURNS))
+    count = int(turns) + (_random.random() < turns % 1)
+    return _random.sample(ended, min(count, _MOST_TURNS))
 
 
 def _cutoffs(connection: Connection, retention: Retention) -> Cutoffs:
-    now: datetime = connection.scalar(select(statements.clock(connection.dialect.name)))
+    now = connection.execute(select(statements.clock(connection.dialect.name))).scalar_one()
     return retention.cutoffs(now)
 
 

@@ -1,7 +1,7 @@
 """Which runs are kept: a policy, by the age of what has ended and by the newest of each task."""
 
-import random
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -120,7 +120,7 @@ def is_turn(attempt: int) -> bool:
 
     After every 32nd of a task, and now and then after a first one: a task id that is never used again has no 32nd.
     """
-    return attempt % TURN == 0 or (attempt == 1 and random.random() < 1 / TURN)  # noqa: S311  (no secret)
+    return attempt % TURN == 0 or (attempt == 1 and secrets.randbelow(TURN) == 0)
 
 
 def _before(now: datetime, age: timedelta | None) -> datetime | None:
