@@ -373,6 +373,8 @@ class AsyncTaskRunHistory:
             if on_progress is not None:
                 on_progress(pass_.count)
             await asyncio.sleep(pass_.pause)
+        if not dry_run:
+            await self._call(lambda connection, _lost: recovery.remove_idle(connection, Process.here()))
         return pass_.count
 
     async def tidy(self, task_id: str) -> None:

@@ -307,6 +307,8 @@ class TaskRunHistory:
             if on_progress is not None:
                 on_progress(pass_.count)
             time.sleep(pass_.pause)
+        if not dry_run:
+            self._call(lambda connection, _lost: recovery.remove_idle(connection, Process.here()))
         return pass_.count
 
     def tidy(self, task_id: str) -> None:

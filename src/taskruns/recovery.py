@@ -118,7 +118,18 @@ def recover(
         with engine.transaction(connection):
             closed = close(connection, runs)
         yield from closed
-    for dead in _portions(losses.supervisors):
+    _remove(connection, losses.supervisors)
+
+
+def remove_idle(connection: Connection, here: Process) -> None:
+    """Remove the dead supervisors that watch over no run, in transactions of its own."""
+    dead = [known for known in supervisors(connection) if not known.active_runs and known.is_dead(here)]
+    connection.commit()
+    _remove(connection, dead)
+
+
+def _remove(connection: Connection, supervisors: Iterable[Supervisor]) -> None:
+    for dead in _portions(supervisors):
         with engine.transaction(connection):
             for supervisor in dead:
                 given = {"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at}

@@ -81,6 +81,11 @@ class Retention:
         changes: dict[str, Any] = {name.replace("-", "_"): _value(name, text) for name, text in values.items()}
         return replace(self, **changes)
 
+    def __str__(self) -> str:
+        ages = {"succeeded": self.succeeded, "others": self.others, "forget-idle": self.forget_idle}
+        told = [f"{name}={'never' if age is None else _readable(age)}" for name, age in ages.items()]
+        return ", ".join([*told, f"keep={self.keep}"])
+
     def cutoffs(self, now: datetime) -> "Cutoffs":
         """Return the moments before which runs must have ended to be old."""
         return Cutoffs(_before(now, self.succeeded), _before(now, self.others), _before(now, self.forget_idle))
@@ -121,6 +126,10 @@ def is_turn(attempt: int) -> bool:
     After every 32nd of a task, and now and then after a first one: a task id that is never used again has no 32nd.
     """
     return attempt % TURN == 0 or (attempt == 1 and secrets.randbelow(TURN) == 0)
+
+
+def _readable(age: timedelta) -> str:
+    return f"{age.days}d" if age == timedelta(days=age.days) else f"{age.total_seconds():g}s"
 
 
 def _before(now: datetime, age: timedelta | None) -> datetime | None:

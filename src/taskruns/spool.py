@@ -94,6 +94,13 @@ def _files(key: str) -> list[Path]:
     return []
 
 
+def rejected(url: URL) -> list[Path]:
+    """Return the files of lines that could not be replayed into a database."""
+    with suppress(OSError):
+        return sorted(directory().glob(f"{_key(_plain(url))}-*.rejected"))
+    return []
+
+
 def _marker(key: str) -> Path:
     return directory() / f"{key}.told"
 
