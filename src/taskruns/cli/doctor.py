@@ -185,13 +185,13 @@ def spooled(database: Database) -> Findings:
     """Say what is kept until a database can be used again."""
     kept = spool.waiting(database.url)
     if kept:
-        events = sum(file.events for file in kept)
+        events = sum(some.events for some in kept)
         message = f"{events} event{'s' * (events != 1)} not in the database yet, since {_moment(kept[0].oldest)}"
-        if all(file.is_alive for file in kept):
+        if all(some.is_alive for some in kept):
             yield Finding("spool", "note", f"{message}, of processes that are still at it")
         else:
             yield Finding("spool", "problem", message, "run `taskruns replay`, once the database can be used")
-    for name in sorted({file.database for file in spool.waiting()} - {file.database for file in kept}):
+    for name in sorted({some.database for some in spool.waiting()} - {some.database for some in kept}):
         message = f"something is kept for another database: {name}"
         yield Finding("spool", "note", message, "run `taskruns --db URL replay` with the URL that it has now")
     if rejected := spool.rejected(database.url):
