@@ -19,11 +19,11 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def record(url: str, task: str, phases: tuple[str, ...] = PHASES) -> list[TaskRun]:
-    """Record runs of a task, a minute apart; oldest first."""
+    """Record runs of a task, a minute apart; oldest first. Active ones start together: a later one would end them."""
     recorded = []
     with TaskRunHistory.connect(url, source="host") as history:
         for number, phase in enumerate(phases):
-            started_at = FROM + timedelta(minutes=number)
+            started_at = FROM + timedelta(minutes=0 if phase == "running" else number)
             run = history.open_run(task, started_at=started_at)
             if phase != "running":
                 run = history.close_run(

@@ -161,6 +161,7 @@ def test_broken_configuration_is_a_problem(shell: Shell, home: Home, text: str) 
 
 def test_missing_home_directory_is_a_problem(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
+    monkeypatch.delenv("TASKRUNS_STATE_DIR")
     monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError()))
     assert problems(examined(shell)) == ["configuration", "state"]
     assert problems(examined(shell, "--db", "/srv/x.db")) == ["state"]
@@ -278,7 +279,7 @@ def test_tables_that_differ_are_noted(shell: Shell, database: str) -> None:
 def test_runs_that_are_old_are_noted(shell: Shell, database: str) -> None:
     with TaskRunHistory.connect(database) as history:
         history.open_run("active", started_at=ago(days=900))
-        history.open_run("active", started_at=ago(hours=1))
+        history.open_run("active too", started_at=ago(hours=1))
         run = history.open_run("old", started_at=ago(days=399))
         history.close_run("old", run.attempt, "failed", finished_at=ago(days=399))  # type: ignore[arg-type]
         found = examined(shell, "--db", database)
@@ -414,11 +415,13 @@ def test_state_directory(shell: Shell, home: Home, tmp_path: Path, monkeypatch: 
     def state() -> Finding:
         return the(examined(shell), "state")
 
-    assert state()["message"] == f"{home.path}/.local/state/taskruns can be made"
+    monkeypatch.delenv("TASKRUNS_STATE_DIR")
+    assert state()["message"] == f"{home.path}/.local/state/taskruns/spool can be made"
     monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}/a:{tmp_path}/b")
-    assert state()["message"] == f"{tmp_path}/a/taskruns can be made"
+    assert state()["message"] == f"{tmp_path}/a/taskruns/spool can be made"
     monkeypatch.setenv("TASKRUNS_STATE_DIR", str(tmp_path))
-    assert state() == {"check": "state", "status": "ok", "message": f"{tmp_path} is writable", "advice": None}
+    (tmp_path / "spool").mkdir()
+    assert state() == {"check": "state", "status": "ok", "message": f"{tmp_path}/spool is writable", "advice": None}
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("TASKRUNS_STATE_DIR", str(file / "x"))

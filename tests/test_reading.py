@@ -21,7 +21,7 @@ def attempts(runs: Iterable[TaskRun]) -> list[int]:
 def opened(history: TaskRunHistory, task: str, count: int) -> None:
     with history.begin() as runs:
         for _ in range(count):
-            runs.open_run(task)
+            runs.open_run(task, started_at=NOON)  # none of them later than another
 
 
 def test_run_that_does_not_exist_is_none(history: TaskRunHistory) -> None:
@@ -159,12 +159,12 @@ def test_stream_that_is_left_early_holds_no_connection(history: TaskRunHistory) 
 
 def test_active_runs_come_in_the_order_they_started(history: TaskRunHistory) -> None:
     history.open_run("b", started_at=NOON + timedelta(seconds=2))
-    history.open_run("a", started_at=NOON + timedelta(seconds=1))
     history.open_run("a", started_at=NOON + timedelta(seconds=3))
+    history.open_run("a", started_at=NOON + timedelta(seconds=1))
     history.open_run("c", started_at=NOON)
     history.close_run("c", 1, TaskPhase.SUCCEEDED)
-    assert [(run.task_id, run.attempt) for run in history.active_runs()] == [("a", 1), ("b", 1), ("a", 2)]
-    assert attempts(history.active_runs("a")) == [1, 2]
+    assert [(run.task_id, run.attempt) for run in history.active_runs()] == [("a", 2), ("b", 1), ("a", 1)]
+    assert attempts(history.active_runs("a")) == [2, 1]
     assert history.active_runs("c") == []
 
 

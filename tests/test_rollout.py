@@ -25,7 +25,7 @@ depends_on = None
 
 def upgrade() -> None:
     op.add_column("task_runs", sa.Column("flavour", sa.String(20)))
-    op.create_table("supervisors", sa.Column("id", sa.Integer, primary_key=True))
+    op.create_table("flavours", sa.Column("id", sa.Integer, primary_key=True))
     op.create_index("ix_task_runs_flavour", "task_runs", ["flavour"])
 
 
@@ -53,7 +53,7 @@ def later(own: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engin
     with own.connect() as connection:
         assert migrate.current(connection) == "1_9999"
         assert "flavour" in {column["name"] for column in inspect(connection).get_columns("task_runs")}
-        assert inspect(connection).has_table("supervisors")
+        assert inspect(connection).has_table("flavours")
     return own
 
 
@@ -176,7 +176,7 @@ def test_host_applications_tables_are_none_of_ours(host: Engine) -> None:
         assert migrate.check(connection) == []
         assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "host7"
         names = set(inspect(connection).get_table_names())
-    assert names == {"orders", "alembic_version", "task_runs", VERSION_TABLE}
+    assert names == {"orders", "alembic_version", "task_runs", "supervisors", VERSION_TABLE}
 
 
 def test_our_tables_are_named_for_a_host_to_leave_them_out(host: Engine) -> None:

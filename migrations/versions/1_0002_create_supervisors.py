@@ -37,7 +37,8 @@ def upgrade() -> None:
         mysql_collate="utf8mb4_bin",
         mariadb_charset="utf8mb4",
         mariadb_collate="utf8mb4_bin",
-        if_not_exists=True,
+        # MariaDB cannot take back what was done before a failure, so a second try has to find it.
+        if_not_exists=op.get_context().dialect.name in ("mysql", "mariadb"),
     )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Dialect, insert
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 
-from taskruns import statements
+from taskruns import engine, statements
 from taskruns.model import (
     MAX_ATTEMPT,
     TaskPhase,
@@ -295,12 +295,7 @@ def _copy(connection: Connection, block: bytes) -> None:
             with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
                 copy.write(block)
     except dialect.loaded_dbapi.Error as error:
-        is_lost = dialect.is_disconnect(error, driver, None)
-        if is_lost:
-            connection.invalidate(error)
-        raise DBAPIError.instance(
-            _COPY, None, error, dialect.loaded_dbapi.Error, connection_invalidated=is_lost, dialect=dialect
-        ) from error
+        raise engine.as_sqlalchemy(connection, error, _COPY) from error
     except BaseException as error:
         connection.invalidate(error)  # interrupted, or canceled: nobody knows where it stopped
         raise

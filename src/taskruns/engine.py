@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, func, select
-from sqlalchemy.exc import SAWarning
+from sqlalchemy.exc import DBAPIError, SAWarning
 
 from taskruns.url import ASYNC_DRIVERS, DRIVERS, EXTRAS, is_file, parse_url
 
@@ -255,7 +255,10 @@ def transaction(connection: Connection, *, lock: str | None = None) -> Iterator[
         with connection.begin():
             yield
         return
-    connection.execution_options(isolation_level="READ COMMITTED")  # later snapshots would be older than the lock
+    try:
+        connection.execution_options(isolation_level="READ COMMITTED")  # later snapshots would be older than the lock
+    except connection.dialect.loaded_dbapi.Error as error:  # pymysql talks to the server here
+        raise as_sqlalchemy(connection, error, "SET TRANSACTION ISOLATION LEVEL") from error
     if backend == "postgresql":
         with connection.begin():
             if lock is not None:
@@ -275,6 +278,19 @@ def transaction(connection: Connection, *, lock: str | None = None) -> Iterator[
         if name is not None and not connection.invalidated:
             with connection.begin():
                 connection.scalar(select(func.release_lock(name)))
+
+
+def as_sqlalchemy(connection: Connection, error: Exception, statement: str) -> DBAPIError:
+    """Return an error of the driver's own as SQLAlchemy raises those of its statements."""
+    dialect = connection.dialect
+    is_lost = dialect.is_disconnect(error, connection.connection.dbapi_connection, None)
+    if is_lost:
+        connection.invalidate(error)
+    known: Any = DBAPIError.instance(
+        statement, None, error, dialect.loaded_dbapi.Error, connection_invalidated=is_lost, dialect=dialect
+    )
+    assert isinstance(known, DBAPIError)  # noqa: S101  (for mypy)
+    return known
 
 
 def lock_task(connection: Connection, task_id: str) -> None:

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 SYSTEM_CONFIG = Path("/etc/taskruns.toml")
 
-_DEFAULT = "the default"
+DEFAULT = "the default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Database:
     @property
     def is_default(self) -> bool:
         """Whether it is the file that nobody has named."""
-        return self.named_by == _DEFAULT
+        return self.named_by == DEFAULT
 
     @classmethod
     def find(cls, option: str | None) -> "Database":
@@ -58,7 +58,7 @@ class Database:
     def default(cls) -> "Database":
         """Return the file that is used where nothing else is named."""
         default = user_data_path("taskruns") / "taskruns.db"
-        return cls(parse_url(URL.create("sqlite", database=str(default))), _DEFAULT, configured_retention(EMBEDDED))
+        return cls(parse_url(URL.create("sqlite", database=str(default))), DEFAULT, configured_retention(EMBEDDED))
 
     def __str__(self) -> str:
         return hide_password(self.url)

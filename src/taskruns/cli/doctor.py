@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from taskruns import engine, migrate, recovery, spool, statements
 from taskruns.cli import advice
-from taskruns.cli.discovery import Database, db_option, places
+from taskruns.cli.discovery import DEFAULT, Database, db_option, places
 from taskruns.cli.finding import Finding, Findings
 from taskruns.cli.storage import existing, file, place, size
 from taskruns.liveness import Process
@@ -203,7 +203,7 @@ def self_pruning(database: Database) -> Findings:
     """Say what a database deletes by itself."""
     if database.retention is not None:
         yield Finding("retention", "ok", f"what is old is deleted by itself: {database.retention}")
-    elif database.named_by == Database.default().named_by:
+    elif database.named_by == DEFAULT:
         message = "this database grows without end, as its retention is off"
         yield Finding("retention", "note", message, "run `taskruns prune` now and then")
 
