@@ -331,7 +331,7 @@ def test_journal_mode_and_free_pages_are_noted(shell: Shell, sqlite: str, monkey
     found = examined(shell, "--db", sqlite)
     assert the(found, "journal")["status"] == "note"
     assert the(found, "size")["status"] == "note"
-    assert "VACUUM" in (the(found, "size")["advice"] or "")
+    assert "--compact" in (the(found, "size")["advice"] or "")
 
 
 def test_file_and_directory_that_others_may_write(shell: Shell, sqlite: str, tmp_path: Path) -> None:

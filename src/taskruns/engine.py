@@ -280,7 +280,7 @@ def transaction(connection: Connection, *, lock: str | None = None) -> Iterator[
                 connection.scalar(select(func.release_lock(name)))
 
 
-def as_sqlalchemy(connection: Connection, error: Exception, statement: str) -> DBAPIError:
+def as_sqlalchemy(connection: Connection, error: Any, statement: str) -> DBAPIError:
     """Return an error of the driver's own as SQLAlchemy raises those of its statements."""
     dialect = connection.dialect
     is_lost = dialect.is_disconnect(error, connection.connection.dbapi_connection, None)
