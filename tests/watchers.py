@@ -7,15 +7,17 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from subprocess import PIPE, Popen
 from typing import Any, Self
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
-from taskruns import TaskPhase, TaskRunHistory, engine, model, recording, statements
+from taskruns import TaskPhase, TaskRunHistory, engine, model, recording, recovery, statements
 from taskruns.liveness import Process, Supervisor
 from taskruns.schema import supervisors, task_runs
 
@@ -29,68 +31,90 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
-def database_time(url: str) -> datetime:
-    own = engine.create(url)
-    with own.connect() as connection:
-        now: datetime = connection.execute(select(statements.now(own.dialect.name))).scalar_one()
-    own.dispose()
+_engine = cache(engine.create)
+
+
+@contextmanager
+def connected(url: str) -> Iterator[Connection]:
+    """Connect to a database; each statement commits by itself."""
+    with _engine(url).connect() as connection:
+        connection.detach()  # closed in the end, not kept
+        yield connection
+
+
+def _now(connection: Connection) -> datetime:
+    now: datetime = connection.execute(select(statements.now(connection.dialect.name))).scalar_one()
+    connection.commit()
     return now
 
 
-def write(url: str, *written: Any) -> None:
-    """Execute statements, each in a transaction of its own."""
-    own = engine.create(url)
-    with own.connect() as connection:
-        for statement in written:
-            connection.execute(statement)
-            connection.commit()
-    own.dispose()
+def database_time(url: str) -> datetime:
+    with connected(url) as connection:
+        return _now(connection)
+
+
+def write(url: str, statement: Any, rows: Sequence[dict[str, Any]] | None = None) -> None:
+    with connected(url) as connection:
+        connection.execute(statement, rows)
 
 
 def known(url: str, source: str) -> list[Supervisor]:
     """Return the supervisors with this name."""
-    with TaskRunHistory.connect(url) as history:
-        return [found for found in history.supervisors() if found.source == source]
+    with connected(url) as connection:
+        return [found for found in recovery.supervisors(connection) if found.source == source]
 
 
 def age(url: str, seconds: float, **which: Any) -> None:
     """Have supervisors been silent for so long."""
-    last_beat = database_time(url) - timedelta(seconds=seconds)
-    write(url, update(supervisors).filter_by(**which).values(started_at=last_beat, heartbeat_at=last_beat))
+    with connected(url) as connection:
+        last_beat = _now(connection) - timedelta(seconds=seconds)
+        aged = update(supervisors).filter_by(**which)
+        connection.execute(aged.values(started_at=last_beat, heartbeat_at=last_beat))
 
 
-def register(url: str, process: Process, *, silent: float = 0.0, source: str = "there") -> int:
-    """Register a supervisor that was seen last so many seconds ago, and return its number."""
-    number = next(_numbers)
-    last_beat = database_time(url) - timedelta(seconds=silent)
-    place = {
-        "host": process.host,
-        "boot_id": process.boot_id,
-        "pid_namespace": process.pid_namespace,
-        "pid": process.pid,
-        "process_started": process.started,
-    }
-    row = {"id": number, "source": source, "started_at": last_beat, "heartbeat_at": last_beat} | place
-    write(url, insert(supervisors).values(row))
-    return number
+def register(url: str, process: Process, *tasks: str, silent: float = 0.0) -> int:
+    """Register a supervisor that was seen last so many seconds ago, with active runs, and return its number."""
+    return register_all(url, [(process, silent, tasks)])[0]
 
 
-def add_run(url: str, supervisor: int | None, task: str, *, attempt: int = 1, ago: float = 1000.0) -> None:
-    """Add an active run that started so many seconds ago, by the database's clock."""
-    started_at = database_time(url) - timedelta(seconds=ago)
+def register_all(url: str, told: Iterable[tuple[Process, float, Sequence[str]]]) -> list[int]:
+    """Register supervisors: the process, the seconds since it was seen last, and the tasks that it runs."""
+    with connected(url) as connection:
+        now = _now(connection)
+        ids, rows, runs = [], [], []
+        for process, silent, tasks in told:
+            ids.append(next(_numbers))
+            last_beat = now - timedelta(seconds=silent)
+            times = {"started_at": last_beat, "heartbeat_at": last_beat}
+            place = {field.name: getattr(process, field.name) for field in fields(process)}
+            place["process_started"] = place.pop("started")
+            rows.append({"id": ids[-1], "source": "there"} | times | place)
+            runs += [_run(ids[-1], task, 1, now - timedelta(seconds=1000)) for task in tasks]
+        connection.execute(insert(supervisors), rows)
+        if runs:
+            connection.execute(insert(task_runs), runs)
+    return ids
+
+
+def _run(supervisor: int | None, task: str, attempt: int, started_at: datetime) -> dict[str, Any]:
     row = {"task_id": task, "attempt": attempt, "phase": TaskPhase.RUNNING, "started_at": started_at}
-    write(url, insert(task_runs).values(row | {"supervisor_id": supervisor, "recovered": False}))
+    return row | {"supervisor_id": supervisor, "recovered": False}
+
+
+def add_runs(
+    url: str, supervisor: int | None, task: str, *, attempts: Iterable[int] = (1,), ago: float = 1000.0
+) -> None:
+    """Add active runs that started so many seconds ago, by the database's clock."""
+    with connected(url) as connection:
+        started_at = _now(connection) - timedelta(seconds=ago)
+        connection.execute(insert(task_runs), [_run(supervisor, task, attempt, started_at) for attempt in attempts])
 
 
 def stored(url: str) -> list[tuple[Any, ...]]:
     """Return all rows of both tables."""
-    own = engine.create(url)
-    with own.connect() as connection:
-        runs = connection.execute(select(task_runs).order_by(task_runs.c.task_id, task_runs.c.attempt))
-        found = [tuple(row) for row in runs]
-        found += [tuple(row) for row in connection.execute(select(supervisors).order_by(supervisors.c.id))]
-    own.dispose()
-    return found
+    with connected(url) as connection:
+        runs = connection.execute(select(task_runs).order_by(task_runs.c.task_id, task_runs.c.attempt)).all()
+        return [*map(tuple, runs), *map(tuple, connection.execute(select(supervisors).order_by(supervisors.c.id)))]
 
 
 ELSEWHERE = Process("elsewhere", "a4b1c1a6-0000-4000-8000-0123456789ab", 1, 1, 1)
@@ -104,22 +128,21 @@ def be(process: Process) -> None:
 
 def shift_clock(seconds: float) -> None:
     """Have the clock of this process be wrong, from here on."""
-    right = datetime
 
     class Kind(type):
         def __instancecheck__(cls, value: object) -> bool:
-            return isinstance(value, right)
+            return isinstance(value, datetime)
 
-    class Wrong(right, metaclass=Kind):
+    class Wrong(datetime, metaclass=Kind):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
-            return right.now(tz) + timedelta(seconds=seconds)
+            return datetime.now(tz) + timedelta(seconds=seconds)
 
     for module in (model, recording):
-        module.datetime = Wrong  # type: ignore[misc,assignment]
+        vars(module)["datetime"] = Wrong
     right_time = time.time
     time.time = lambda: right_time() + seconds
-    assert abs((model.TaskRun.starting("job", 1).started_at - right.now(UTC)).total_seconds() - seconds) < 60
+    assert abs((model.TaskRun.starting("job", 1).started_at - datetime.now(UTC)).total_seconds() - seconds) < 60
 
 
 class Watcher:
