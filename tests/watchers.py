@@ -5,6 +5,8 @@
 
 import itertools
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from subprocess import PIPE, Popen
 from typing import Any, Self
 
 from sqlalchemy import Connection, insert, select, update
 
-from taskruns import TaskPhase, TaskRunHistory, engine, model, recording, recovery, statements
+from taskruns import TaskPhase, TaskRunHistory, engine, liveness, model, recording, recovery, statements
 from taskruns.liveness import Process, Supervisor
 from taskruns.schema import supervisors, task_runs
 
@@ -117,8 +118,50 @@ def stored(url: str) -> list[tuple[Any, ...]]:
         return [*map(tuple, runs), *map(tuple, connection.execute(select(supervisors).order_by(supervisors.c.id)))]
 
 
+HERE = Process.here()
+
 ELSEWHERE = Process("elsewhere", "a4b1c1a6-0000-4000-8000-0123456789ab", 1, 1, 1)
 """A process of another host."""
+
+GONE = replace(HERE, pid=2**22, started=1)
+"""A process of this host that has ended: Linux gives no such number."""
+
+FAR = 10**6
+"""Seconds after which every supervisor is stale."""
+
+
+@contextmanager
+def sleeping(*, stopped: bool = False) -> Iterator[Process]:
+    """A process that lives, perhaps stopped."""
+    sleeper = subprocess.Popen(["sleep", "600"])
+    try:
+        if stopped:
+            sleeper.send_signal(signal.SIGSTOP)
+            until(lambda: (liveness._state(sleeper.pid) or "?")[0] == "T", "it is stopped")
+        yield process(sleeper.pid)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+@contextmanager
+def zombie() -> Iterator[Process]:
+    """A process that has ended and that its parent has not asked for yet."""
+    ended = subprocess.Popen(["true"])
+    until(lambda: (liveness._state(ended.pid) or "?")[0] == "Z", "it has ended")
+    yield process(ended.pid)
+    ended.wait()
+
+
+def process(pid: int) -> Process:
+    state = liveness._state(pid)
+    assert state is not None
+    return replace(HERE, pid=pid, started=state[1])
+
+
+def lose(url: str, *tasks: str, by: Process = GONE, silent: float = 0.0) -> int:
+    """Have a supervisor, which is gone unless told otherwise, leave active runs."""
+    return register(url, by, *tasks, silent=silent)
 
 
 def be(process: Process) -> None:
@@ -150,7 +193,7 @@ class Watcher:
 
     def __init__(self, role: str, url: str, *arguments: object) -> None:
         command = [sys.executable, __file__, role, url, *map(str, arguments)]
-        self.process = Popen(command, stdin=PIPE, stdout=PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     @property
     def pid(self) -> int:
