@@ -21,7 +21,9 @@ class Home:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("TASKRUNS_", "XDG_"))
+            name: value
+            for name, value in os.environ.items()
+            if name == "TASKRUNS_STATE_DIR" or not name.startswith(("TASKRUNS_", "XDG_"))
         }
         self.environment["HOME"] = str(path)
         self.database = f"sqlite:///{path}/.local/share/taskruns/taskruns.db"

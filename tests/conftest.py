@@ -36,6 +36,14 @@ def reclaimed(databases: Databases) -> Iterator[None]:
     databases.reclaim()
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the processes of a test keep what they could not write: nowhere else."""
+    path = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("TASKRUNS_STATE_DIR", str(path))
+    return path
+
+
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, databases: Databases) -> str:
     """A kind of database."""

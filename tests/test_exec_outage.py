@@ -25,7 +25,7 @@ DELAY = 6.0
 """Seconds that a database may hold a command up in all: five, and one for a machine that is busy."""
 
 LOUD = ("sh", "-c", "echo out; echo err >&2; exit 3")
-WARNING = "taskruns: not recorded as it should be, the command runs all the same: "
+WARNING = "taskruns: this run "
 
 
 @pytest.fixture
@@ -447,6 +447,10 @@ def test_server_that_goes_away_while_the_command_runs(home: Home, postgresql: st
     assert err.startswith(WARNING)
     assert len(err.splitlines()) == 1
     assert [run.phase for run in home.runs("job", postgresql)] == ["running"]
+    gate.open()
+    assert home.taskruns("exec", "--db", through, "other", "--", "true").stderr == ""
+    (run,) = home.runs("job", postgresql)
+    assert (run.phase, run.exit_code, run.recovered) == ("failed", 3, False)
 
 
 def test_disk_that_fills_while_the_command_runs(home: Home, tmp_path: Path) -> None:
@@ -460,4 +464,6 @@ def test_disk_that_fills_while_the_command_runs(home: Home, tmp_path: Path) -> N
         assert len(done.stderr.splitlines()) == 1
         (disk / "fill").unlink()
         assert home.taskruns("exec", "--db", database, "job", "--", "true").stderr == ""
-        assert [run.phase for run in home.runs("job", database)] == ["running", "succeeded"]
+        lost, run = home.runs("job", database)
+        assert (lost.phase, lost.exit_code, lost.recovered) == ("failed", 3, False)
+        assert run.phase == "succeeded"

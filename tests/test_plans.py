@@ -41,6 +41,14 @@ READERS: dict[str, tuple[Select[Any], dict[str, str]]] = {
         .limit(50),
         {"sqlite": "ix_task_runs_problems", "postgresql": "ix_task_runs_problems", "mariadb": "ix_task_runs_finished"},
     ),
+    "what a pass prunes next": (
+        statements.runs_of_preceding_tasks("task 3", limit=500),
+        {"sqlite": "PRIMARY KEY (task_id<?)", "postgresql": "pk_task_runs", "mariadb": "PRIMARY"},
+    ),
+    "what started first": (
+        statements.runs_started(until=START + timedelta(days=3), limit=500),
+        dict.fromkeys(("sqlite", "postgresql", "mariadb"), "ix_task_runs_started"),
+    ),
     "what ran in a time window": (
         select(*statements.COLUMNS)
         .where(RUNS.started_at >= START + timedelta(hours=5), RUNS.started_at < START + timedelta(hours=6))

@@ -308,7 +308,7 @@ def test_long_lines(shell: Shell, sqlite: str, tmp_path: Path, file: Path, monke
 
 
 def test_import_makes_an_sqlite_database_and_reads_standard_input(home: Home) -> None:
-    done = home.taskruns("import", "-", input=wire_lines(runs_of("a")))
+    done = home.taskruns("import", "--yes", "-", input=wire_lines(runs_of("a")))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "taskruns: 5 runs added\n")
     assert stored(home.database) == runs_of("a")
 

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from subprocess import PIPE, Popen
 from typing import IO, Any, Self
 
 from taskruns import RunClosedError, TaskPhase, TaskRunHistory
+from taskruns.retention import EMBEDDED
 
 
 class Writer:
@@ -128,6 +130,36 @@ def acknowledging(history: TaskRunHistory, count: str) -> None:
         say([run.attempt, True])
 
 
+def writing_until(history: TaskRunHistory, stop: str) -> None:
+    """Open and close runs until there is a file; tell how many, and the seconds of the longest call."""
+    longest, count = 0.0, 0
+    while not Path(stop).exists():
+        began = time.monotonic()
+        run = history.open_run(f"written {count % 100}")
+        opened = time.monotonic()
+        history.close_run(run.task_id, run.attempt, TaskPhase.SUCCEEDED)
+        longest, count = max(longest, opened - began, time.monotonic() - opened), count + 1
+        time.sleep(0.02)  # SQLite's writers hold each other up for seconds if none ever rests
+    say([count, longest])
+
+
+def pruning(history: TaskRunHistory) -> None:
+    """Prune by the policy of the default database; tell after each step how many runs that were."""
+    say(history.prune(EMBEDDED, on_progress=say))
+
+
+def pruning_measured(history: TaskRunHistory) -> None:
+    """Prune; tell the peak of the memory in KiB after the first steps and in the end, and how many runs that were."""
+    peaks: list[int] = []
+
+    def measure(_count: int) -> None:
+        if len(peaks) < 20:
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    count = history.prune(EMBEDDED, on_progress=measure)
+    say([peaks[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, count])
+
+
 ROLES: dict[str, Callable[..., None]] = {
     "open": opening,
     "open in transactions": opening_in_transactions,
@@ -135,6 +167,9 @@ ROLES: dict[str, Callable[..., None]] = {
     "list": listing,
     "close": closing,
     "acknowledge": acknowledging,
+    "write until": writing_until,
+    "prune": pruning,
+    "prune measured": pruning_measured,
 }
 
 if __name__ == "__main__":

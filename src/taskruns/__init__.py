@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from taskruns.orm import TaskRunRow
     from taskruns.recorder import EventRecorder
     from taskruns.repository import RunPage, TaskRunRepository
+    from taskruns.retention import Retention
     from taskruns.timeline import Effect
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Effect",
     "Event",
     "EventRecorder",
+    "Retention",
     "RunClosedError",
     "RunExistsError",
     "RunNotFoundError",
@@ -46,6 +48,7 @@ _HOMES = {
     "Event": "events",
     "Effect": "timeline",
     "EventRecorder": "recorder",
+    "Retention": "retention",
     "TaskPhase": "model",
     "TaskRun": "model",
     "TaskRunHistory": "history",

@@ -4,6 +4,7 @@ Each method does what its twin does, by running it in SQLAlchemy's bridge, so th
 """
 
 import asyncio
+import logging
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -15,16 +16,19 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from taskruns import bulk, engine, migrate, recovery
+from taskruns import bulk, engine, migrate, pruning, recovery
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.engine import url_of
+from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.history import PAGE, RETRY_FOR, Operation
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun
+from taskruns.pruning import Forgetting, Pruning, turns_of
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
+from taskruns.replay import Replayed, replay
 from taskruns.repository import Phases, RunPage, TaskRunRepository
+from taskruns.retention import Retention, is_turn
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
@@ -34,6 +38,8 @@ from taskruns.writing import Start
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+_log = logging.getLogger("taskruns")
 
 
 class AsyncTaskRunRepository:
@@ -158,14 +164,16 @@ class AsyncTaskRunHistory:
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
+        retention: Retention | None = None,
     ) -> None:
-        url = url_of(engine.sync_engine)
+        self.url = url_of(engine.sync_engine)
         self._engine = engine
         self.on_retry = on_retry
+        self.retention = retention
         self.source = socket.gethostname() if source is None else source
-        self._supervision = Supervision(url, self.source, heartbeat)
+        self._supervision = Supervision(self.url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage()
+        self._outage = Outage(None if only_reads(engine.sync_engine) else self.url)
         self._is_current = False
 
     @classmethod
@@ -179,6 +187,7 @@ class AsyncTaskRunHistory:
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
+        retention: Retention | None = None,
     ) -> Self:
         """Return the history in a database: see :meth:`taskruns.TaskRunHistory.connect`. Not awaited."""
         parsed = parse_url(url, drivers=ASYNC_DRIVERS)
@@ -186,7 +195,7 @@ class AsyncTaskRunHistory:
         with engine.checked_options(parsed):
             own = create_async_engine(options.pop("url"), **options)
         engine.prepared(own.sync_engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
-        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat)
+        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention)
 
     async def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
@@ -285,9 +294,12 @@ class AsyncTaskRunHistory:
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
 
         supervision = self._supervision
-        return await self._call(
+        run = await self._call(
             lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
         )
+        if self.retention is not None and not leave and is_turn(attempt):
+            await self.tidy(task_id)
+        return run
 
     async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
@@ -305,8 +317,11 @@ class AsyncTaskRunHistory:
     async def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, in one transaction: see :meth:`taskruns.TaskRunHistory.record_events`."""
         await self._register()
-
-        return await self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
+        effects = await self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
+        if self.retention is not None:
+            for task_id in turns_of(events, effects):
+                await self.tidy(task_id)
+        return effects
 
     async def recover(
         self,
@@ -319,11 +334,69 @@ class AsyncTaskRunHistory:
         limits = {"stale_after": stale_after, "unsupervised_after": unsupervised_after}
         if dry_run:
             return await self._ask(lambda runs: runs.recover(dry_run=True, **limits))
-        return await self._call(lambda connection, _lost: recovery.recover(connection, Process.here(), **limits))
+        closed: list[TaskRun] = []  # outside, as a second try does not find what the first has closed
+        await self._call(
+            lambda connection, _lost: closed.extend(recovery.recover(connection, Process.here(), **limits))
+        )
+        return closed
 
     async def supervisors(self) -> list[Supervisor]:
         """Return the processes that are registered to watch over runs, in the order they came."""
         return await self._ask(lambda runs: runs.supervisors())
+
+    async def replay(
+        self, *, seconds: float | None = None, wait: bool = False, stream: Stream | None = None
+    ) -> Replayed:
+        """Write what is kept in the spool of this database: see :meth:`taskruns.TaskRunHistory.replay`."""
+
+        def replay_beside() -> Replayed:
+            own = engine.create(self.url)
+            try:
+                return replay(own, self.url, supervision=self._supervision, stream=stream, seconds=seconds, wait=wait)
+            finally:
+                own.dispose()
+
+        return await asyncio.to_thread(replay_beside)
+
+    async def prune(
+        self,
+        retention: Retention = Retention(),  # noqa: B008  (immutable)
+        *,
+        task: str | None = None,
+        dry_run: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Delete the runs that a policy does not keep: see :meth:`taskruns.TaskRunHistory.prune`."""
+        pass_ = Pruning(retention, task=task, dry_run=dry_run)
+        while not pass_.is_done:
+            await self._call(pass_.step)
+            if on_progress is not None:
+                on_progress(pass_.count)
+            await asyncio.sleep(pass_.pause)
+        if not dry_run:
+            await self._call(lambda connection, _lost: recovery.remove_idle(connection, Process.here()))
+        return pass_.count
+
+    async def tidy(self, task_id: str) -> None:
+        """Prune a task and a bounded slice of the others: see :meth:`taskruns.TaskRunHistory.tidy`."""
+        if self.retention is None:
+            return
+        policy = self.retention
+        try:
+            await self._call_once(lambda connection, _lost: pruning.tidy(connection, policy, task_id), Retry(0, None))
+        except Exception:  # noqa: BLE001  (the next turn comes)
+            _log.debug("old runs are not deleted at present", exc_info=True)
+
+    async def forget(self, task_id: str, attempt: int | None = None, *, error_only: bool = False) -> int:
+        """Delete the runs of a task that have ended, or their errors: see :meth:`taskruns.TaskRunHistory.forget`."""
+        forgetting = Forgetting(task_id, attempt, error_only=error_only)
+        while not forgetting.is_done:
+            await self._call(forgetting.step)
+        return forgetting.count
+
+    async def compact(self) -> None:
+        """Give the space of deleted runs back to the file system: see :meth:`taskruns.TaskRunHistory.compact`."""
+        await self._call(pruning.compact)
 
     async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
@@ -383,14 +456,21 @@ class AsyncTaskRunHistory:
                         task_id, None, handle.started_at, self.source if source is None else source, submission, None
                     )
                     handle.run = await self._open(start, is_certain=True)
+            if handle.run is None:
+                await asyncio.to_thread(
+                    self._outage.keep_start, handle, task_id, self.source if source is None else source, submission
+                )
             return handle
 
         async def end(handle: RecordedRun, exception: BaseException | None) -> None:
-            if handle.run is None or (on_error == "warn" and self._outage.is_on):
-                return
-            with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
-                outcome = handle.outcome(exception)
-                handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+            if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
+                with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                    outcome = handle.outcome(exception)
+                    handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+                    return
+            await asyncio.to_thread(self._outage.keep_end, handle, task_id, exception)
+            if handle.run is not None:
+                self._supervision.closed(task_id, handle.run.attempt)
 
         return AsyncRecording(begin, end)
 
@@ -442,3 +522,8 @@ class AsyncEventRecorder:
             effects = await self._history.record_events(self._stream, checked)
             self.counts.update(effects)
         return effects
+
+    async def replay(self, *, seconds: float | None = None) -> Replayed:
+        """Write what is kept in the spool: see :meth:`taskruns.EventRecorder.replay`."""
+        async with self._lock:
+            return await self._history.replay(seconds=seconds, stream=self._stream)

@@ -116,6 +116,8 @@ def prepared(engine: Engine, url: URL, *, read_only: bool, lock_timeout: float) 
     elif (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
         _limit_waiting(engine, lock_timeout)
     _engines[engine] = url
+    if read_only:
+        _readers.add(engine)
     return engine
 
 
@@ -147,6 +149,11 @@ def _limit_waiting(engine: Engine, seconds: float) -> None:
         )
         cursor.close()
         dbapi.commit()
+
+
+def only_reads(engine: Engine) -> bool:
+    """Whether an engine was made to read only."""
+    return engine in _readers
 
 
 def _prepare_sqlite(engine: Engine, url: URL, *, read_only: bool) -> None:
@@ -286,6 +293,7 @@ def _lock_name(connection: Connection, task_id: str) -> str:
 
 
 _engines: weakref.WeakKeyDictionary[Engine, URL] = weakref.WeakKeyDictionary()
+_readers: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: list[object] = []
 
 

@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,9 +17,11 @@ from tenacity import Retrying
 
 from taskruns import process
 from taskruns.history import TaskRunHistory
-from taskruns.model import TaskPhase, TaskRun
+from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.process import Ended, Signals
+from taskruns.retention import is_turn
 from taskruns.retrying import OnRetry, Retry, cause_of
+from taskruns.spool import Spool
 
 PATIENCE = 5.0
 """Seconds that a command and its retries are held up by a database, in all.
@@ -65,13 +67,13 @@ class Plan:
     """Whether the end of standard error becomes the error of a failed run."""
 
 
-def execute(plan: Plan, connect: Connect, say: Callable[[str], None]) -> int:
+def execute(plan: Plan, connect: Connect, say: Callable[[str], None] | None) -> int:
     """Run the command, up to ``plan.retries`` times again until it succeeds, and return the exit status.
 
     Args:
         plan: What to run and how.
         connect: Returns the history.
-        say: Takes a line for the user.
+        say: Takes a line for the user, if he wants to hear any.
     """
     with Signals() as signals:
         recorder = _Recorder(connect, signals, say)
@@ -82,7 +84,9 @@ def execute(plan: Plan, connect: Connect, say: Callable[[str], None]) -> int:
             record = recorder.open(plan, submission, number if plan.retries else None)
             if record.overlaps is not None:
                 run = record.overlaps
-                say(f"{plan.task_id} is running already: attempt {run.attempt}, started at {run.started_at:%F %T} UTC")
+                recorder.say(
+                    f"{plan.task_id} is running already: attempt {run.attempt}, started at {run.started_at:%F %T} UTC"
+                )
                 return plan.conflict_exit_code
             if signals.stopped_by is not None:
                 status = 128 + signals.stopped_by
@@ -97,7 +101,7 @@ def execute(plan: Plan, connect: Connect, say: Callable[[str], None]) -> int:
                 keep_stderr=plan.keep_stderr,
             )
             if ended.not_started is not None:
-                say(ended.not_started)
+                recorder.say(ended.not_started)
             phase, error = _outcome(ended, plan, is_last=number > plan.retries)
             recorder.close(record, phase, error, ended.status)
             if phase in (TaskPhase.SUCCEEDED, TaskPhase.CANCELED) or number > plan.retries:
@@ -156,6 +160,10 @@ def _sleep(seconds: float, signals: Signals) -> bool:
 
 
 _SILENCE = "the database does not answer"
+_LOST = "this run will not be recorded, the command runs all the same"
+
+REPLAY_FOR = 1.0
+"""Seconds for which a wrapper replays what others could not write, once its command has started."""
 
 
 def _patience() -> float:
@@ -164,36 +172,38 @@ def _patience() -> float:
 
 
 class _Recorder:
-    """Records runs with a bounded patience, and says once if one cannot be recorded."""
+    """Records runs with a bounded patience: what takes longer is kept. It says once if that is so."""
 
-    def __init__(self, connect: Connect, signals: Signals, say: Callable[[str], None]) -> None:
+    def __init__(self, connect: Connect, signals: Signals, listener: Callable[[str], None] | None) -> None:
         # Here, where drivers are imported, before there is a database to be patient with; and once for all attempts, as
         # what a history has learned of the database is not asked again.
-        self._history, self._failure = None, None
+        self._history = self._spool = self._failure = None
         try:
             self._history = connect(self._note)
+            self._spool = Spool(self._history.url)
         except Exception as error:  # noqa: BLE001  (whatever it is, the command goes on)
             self._failure = cause_of(error)
         self._trouble: str | None = None
         self._signals = signals
-        self._say = say
+        self._listener = listener
         self._spent = 0.0
         self._is_said = False
 
     def open(self, plan: Plan, submission: str | None, source_attempt: int | None) -> "_Record":
         """Begin to record an attempt, and wait a while for its number."""
-        record = _Record(plan, submission, source_attempt, self._history, self._signals.wake)
+        record = _Record(plan, submission, source_attempt, self._history, self._spool, self._signals.wake)
         if self._history is None:
-            self._warn(self._failure)
+            self._warn(f"{_LOST}: {self._failure}")
             return record
         record.begin()
         # Whether a command may start at all is worth more waiting, as long as nothing speaks against the database.
         share = CHECKING_SHARE if plan.no_overlap else OPENING_SHARE
         self._wait(record.is_open, share, lambda: plan.no_overlap and self._trouble is None, stop_early=True)
         record.start_anyway()
+        is_unchecked = plan.no_overlap and record.run is None and record.overlaps is None
         if record.failure is not None:
-            self._warn(record.failure)
-        elif plan.no_overlap and record.run is None and record.overlaps is None and self._signals.stopped_by is None:
+            self._warn_of(record)
+        elif is_unchecked and self._signals.stopped_by is None:
             self._warn(f"whether {plan.task_id} is running already is not known, since {self._trouble or _SILENCE}")
         return record
 
@@ -204,7 +214,16 @@ class _Recorder:
         record.end(phase, error, exit_code)
         self._wait(record.is_done, 1.0, lambda: record.run is not None, stop_early=False)
         if not record.is_written:
-            self._warn(record.failure or self._trouble)
+            record.keep_end()
+            self._warn_of(record)
+
+    def _warn_of(self, record: "_Record") -> None:
+        """Say that the database does not have a run, once in an outage: that others have kept runs tells of it."""
+        why = record.failure or self._trouble or _SILENCE
+        if record.not_kept is not None:
+            self._warn(f"{_LOST}: {why}; nor can it be kept: {record.not_kept}")
+        elif self._listener is not None and self._spool is not None and not self._is_said and self._spool.is_news():
+            self._warn(f"this run is kept in {self._spool.path} until the database can be used again: {why}")
 
     def _note(self, error: BaseException) -> None:
         self._trouble = cause_of(error)
@@ -220,10 +239,15 @@ class _Recorder:
             self._signals.wait(min(left, 1.0))
         self._spent += time.monotonic() - began
 
-    def _warn(self, why: str | None) -> None:
+    def _warn(self, line: str) -> None:
         if not self._is_said:
             self._is_said = True
-            self._say(f"not recorded as it should be, the command runs all the same: {why or _SILENCE}")
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Say something to the user."""
+        if self._listener is not None:
+            self._listener(line)
 
 
 class _Record:
@@ -239,10 +263,12 @@ class _Record:
         submission: str | None,
         source_attempt: int | None,
         history: TaskRunHistory | None,
+        spool: Spool | None,
         wake: Callable[[], None],
     ) -> None:
         self._plan = plan
         self._history = history
+        self._spool = spool
         self._wake = wake
         self._start: dict[str, Any] = {"submission": submission, "source_attempt": source_attempt}
         self._end: dict[str, Any] = {}
@@ -250,6 +276,7 @@ class _Record:
         self._decision = threading.Lock()
         self._starts_anyway = False
         self._is_repeated = False
+        self._kept: TaskRun | None = None  # the start, as it is in the spool
         self.is_open = threading.Event()
         """Whether the first attempt to open the run is over."""
         self.is_done = threading.Event()
@@ -261,16 +288,45 @@ class _Record:
         """Why the run is not recorded."""
         self.is_written = False
         """Whether the outcome is stored."""
+        self.not_kept: str | None = None
+        """Why what could not be written could not be kept either."""
 
     def begin(self) -> None:
         """Start to open the run."""
         threading.Thread(target=self._work, daemon=True).start()
 
     def start_anyway(self) -> None:
-        """Decide that the command starts, unless it was found before that the task is active."""
+        """Decide that the command starts, unless it was found before that the task is active.
+
+        A start that the database does not have yet is kept: the process may be killed before it has.
+        """
         self._starts_now()
         with self._decision:
             self._starts_anyway = self.overlaps is None
+            if self._starts_anyway and self.run is None:
+                with self._keeping() as spool:
+                    self._kept = spool.add_start(self._told())
+                    self._start["started_at"] = self._kept.started_at
+
+    def keep_end(self) -> None:
+        """Keep what the database does not have of the run, now that it has ended."""
+        with self._decision, self._keeping() as spool:
+            if not self.is_written:
+                run = self.run or self._kept or self._told()
+                number = None if self.run is None else self.run.attempt
+                spool.add_end(run, Outcome.of(**self._end), attempt=number)
+
+    @contextmanager
+    def _keeping(self) -> Iterator[Spool]:
+        assert self._spool is not None  # noqa: S101  (for mypy: there is one where there is a history)
+        try:
+            yield self._spool
+        except OSError as error:
+            self.not_kept = error.strerror or str(error)
+
+    def _told(self) -> TaskRun:
+        assert self._history is not None  # noqa: S101  (as above)
+        return TaskRun.starting(self._plan.task_id, 1, source=self._history.source, **self._start)
 
     def end(self, phase: TaskPhase, error: str | None, exit_code: int) -> None:
         """Tell how the run ended, just now."""
@@ -308,14 +364,24 @@ class _Record:
             self.failure = None
 
     def _keep_house(self) -> None:
-        """Do what the history needs now and then, while the command runs."""
-        if self.run is not None and self._history is not None:
-            with suppress(Exception), self._history:
-                self._history.recover(stale_after=None)
+        """Do what a history needs now and then, while the command runs."""
+        if self.run is None or self._history is None:
+            return
+        with suppress(Exception), self._history as history:
+            history.recover(stale_after=None)
+            history.replay(seconds=REPLAY_FOR)
+            if is_turn(self.run.attempt):
+                history.tidy(self.run.task_id)
 
     def _open(self, history: TaskRunHistory) -> None:
         history.prepare()
-        self.run = Retrying(**Retry(math.inf, history.on_retry).policy())(self._open_once, history)
+        run = Retrying(**Retry(math.inf, history.on_retry).policy())(self._open_once, history)
+        with self._decision:
+            self.run = run
+            if self._kept is not None and run is not None:
+                with self._keeping() as spool:
+                    spool.forget(self._kept)
+                self._kept = None
 
     def _open_once(self, history: TaskRunHistory) -> TaskRun | None:
         with history.begin(lock=self._plan.task_id) as runs:

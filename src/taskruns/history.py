@@ -1,6 +1,8 @@
 """A task's history in a database: each call is one transaction."""
 
+import logging
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -9,15 +11,18 @@ from typing import Self, TypeVar
 
 from sqlalchemy import URL, Connection, Engine
 
-from taskruns import bulk, engine, migrate, recovery
+from taskruns import bulk, engine, migrate, pruning, recovery
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.engine import url_of
+from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun
+from taskruns.pruning import Forgetting, Pruning, turns_of
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
+from taskruns.replay import Replayed, replay
 from taskruns.repository import Phases, RunPage, TaskRunRepository
+from taskruns.retention import Retention, is_turn
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
@@ -35,6 +40,8 @@ RETRY_FOR = 5.0
 PAGE = 500
 """Runs that a stream fetches at a time."""
 
+_log = logging.getLogger("taskruns")
+
 
 class TaskRunHistory:
     """The runs of all tasks in one database. May be shared between threads; a forked child may go on using it.
@@ -51,14 +58,16 @@ class TaskRunHistory:
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
+        retention: Retention | None = None,
     ) -> None:
-        url = url_of(engine)
+        self.url = url_of(engine)
         self._engine = engine
         self.on_retry = on_retry
+        self.retention = retention
         self.source = socket.gethostname() if source is None else source
-        self._supervision = Supervision(url, self.source, heartbeat)
+        self._supervision = Supervision(self.url, self.source, heartbeat)
         self._retry_for = retry_for
-        self._outage = Outage()
+        self._outage = Outage(None if only_reads(engine) else self.url)
         self._is_current = False
 
     @classmethod
@@ -72,6 +81,7 @@ class TaskRunHistory:
         retry_for: float = RETRY_FOR,
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
+        retention: Retention | None = None,
     ) -> Self:
         """Return the history in a database. Nothing is opened before it is needed.
 
@@ -85,13 +95,14 @@ class TaskRunHistory:
             retry_for: Seconds for which a call goes on trying after a transient error.
             on_retry: Called with each transient error before the next try.
             heartbeat: Seconds between two signs of life, while a run that was opened here is active.
+            retention: A policy that the history keeps up by itself, see :meth:`tidy`. None deletes nothing.
 
         Raises:
             ValueError: the URL is not that of a supported database.
             ModuleNotFoundError: its driver is not installed; the message names the extra that brings it.
         """
         own = engine.create(url, read_only=read_only, lock_timeout=lock_timeout)
-        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat)
+        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention)
 
     def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
@@ -194,9 +205,12 @@ class TaskRunHistory:
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
 
         supervision = self._supervision
-        return self._call(
+        run = self._call(
             lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
         )
+        if self.retention is not None and not leave and is_turn(attempt):
+            self.tidy(task_id)
+        return run
 
     def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
@@ -214,8 +228,11 @@ class TaskRunHistory:
     def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, in one transaction, and return what each did; see :class:`EventRecorder`."""
         self._register()
-
-        return self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
+        effects = self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
+        if self.retention is not None:
+            for task_id in turns_of(events, effects):
+                self.tidy(task_id)
+        return effects
 
     def recover(
         self,
@@ -240,11 +257,88 @@ class TaskRunHistory:
         limits = {"stale_after": stale_after, "unsupervised_after": unsupervised_after}
         if dry_run:
             return self._ask(lambda runs: runs.recover(dry_run=True, **limits))
-        return self._call(lambda connection, _lost: recovery.recover(connection, Process.here(), **limits))
+        closed: list[TaskRun] = []  # outside, as a second try does not find what the first has closed
+        self._call(lambda connection, _lost: closed.extend(recovery.recover(connection, Process.here(), **limits)))
+        return closed
 
     def supervisors(self) -> list[Supervisor]:
         """Return the processes that are registered to watch over runs, in the order they came."""
         return self._ask(lambda runs: runs.supervisors())
+
+    def replay(self, *, seconds: float | None = None, wait: bool = False, stream: Stream | None = None) -> Replayed:
+        """Write what is kept in the spool of this database, and remove it there.
+
+        Files of living processes are left. A run that is replayed gets its task's next number: there the order of
+        attempts is not that of their starts.
+
+        Args:
+            seconds: The time after which no further transaction is begun; what is left waits for the next time.
+            wait: Wait for another process that is replaying, instead of leaving it to that.
+            stream: Through which the events of its source go, as more of them follow; see :class:`EventRecorder`.
+
+        Raises:
+            OSError: the files cannot be used.
+        """
+        supervision = self._supervision
+        return replay(self._engine, self.url, supervision=supervision, stream=stream, seconds=seconds, wait=wait)
+
+    def prune(
+        self,
+        retention: Retention = Retention(),  # noqa: B008  (immutable)
+        *,
+        task: str | None = None,
+        dry_run: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Delete the runs that a policy does not keep, by the database's clock, and return how many.
+
+        Any number of these may run at once, while others write: each deletes a few hundred runs at a time, and on
+        SQLite leaves the others time between. One that was stopped is just started again. The memory is constant.
+
+        Args:
+            retention: The policy.
+            task: Only of the tasks that match: ``*``, ``?`` and ``[...]`` as in the shell, ``[*]`` is a star.
+            dry_run: Delete nothing, and return how many would be.
+            on_progress: Called after each step with the number so far.
+        """
+        pass_ = Pruning(retention, task=task, dry_run=dry_run)
+        while not pass_.is_done:
+            self._call(pass_.step)
+            if on_progress is not None:
+                on_progress(pass_.count)
+            time.sleep(pass_.pause)
+        if not dry_run:
+            self._call(lambda connection, _lost: recovery.remove_idle(connection, Process.here()))
+        return pass_.count
+
+    def tidy(self, task_id: str) -> None:
+        """Prune a task and a bounded slice of the others by the history's own policy, if it has one.
+
+        It takes some milliseconds and raises nothing: who records runs has other things to do. A close calls it where
+        :func:`taskruns.retention.is_turn` says so, and so a table stays within bounds by itself.
+        """
+        if self.retention is None:
+            return
+        policy = self.retention
+        try:
+            self._call_once(lambda connection, _lost: pruning.tidy(connection, policy, task_id), Retry(0, None))
+        except Exception:  # noqa: BLE001  (the next turn comes)
+            _log.debug("old runs are not deleted at present", exc_info=True)
+
+    def forget(self, task_id: str, attempt: int | None = None, *, error_only: bool = False) -> int:
+        """Delete the runs of a task that have ended, or one of them, and return how many there were.
+
+        With ``error_only`` the runs stay and their errors become ``[removed]``. Active runs stay as they are. On SQLite
+        the text is overwritten in the file, and its log is emptied; a server keeps it in its logs and backups.
+        """
+        forgetting = Forgetting(task_id, attempt, error_only=error_only)
+        while not forgetting.is_done:
+            self._call(forgetting.step)
+        return forgetting.count
+
+    def compact(self) -> None:
+        """Give the space of deleted runs back to the file system. Writers wait meanwhile, and may give up."""
+        self._call(pruning.compact)
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
@@ -310,14 +404,19 @@ class TaskRunHistory:
                         task_id, None, handle.started_at, self.source if source is None else source, submission, None
                     )
                     handle.run = self._open(start, is_certain=True)
+            if handle.run is None:
+                self._outage.keep_start(handle, task_id, self.source if source is None else source, submission)
             return handle
 
         def end(handle: RecordedRun, exception: BaseException | None) -> None:
-            if handle.run is None or (on_error == "warn" and self._outage.is_on):
-                return
-            with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
-                outcome = handle.outcome(exception)
-                handle.run = self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+            if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
+                with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                    outcome = handle.outcome(exception)
+                    handle.run = self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+                    return
+            self._outage.keep_end(handle, task_id, exception)
+            if handle.run is not None:
+                self._supervision.closed(task_id, handle.run.attempt)
 
         return Recording(begin, end)
 

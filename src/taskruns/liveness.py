@@ -11,6 +11,9 @@ from typing import Self
 STALE_AFTER = 60.0
 """Seconds without a heartbeat after which a supervisor counts as dead where its process cannot be seen."""
 
+ID_BITS = 53
+"""Bits of a supervisor's number: as many as a number of JavaScript holds. Drawn at random, none is used twice."""
+
 _PROC = Path("/proc")
 
 
@@ -41,6 +44,9 @@ class Process:
             boot_id = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         state = _state(pid)
         return cls(socket.gethostname(), boot_id, namespace, pid, None if state is None else state[1])
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.pid}"
 
     def is_gone(self, here: "Process") -> bool | None:
         """Whether it has ended; None if that cannot be seen from ``here``."""
@@ -85,9 +91,6 @@ class Supervisor:
         if is_gone is not None or stale_after is None:
             return bool(is_gone)
         return self.silence.total_seconds() > stale_after
-
-    def __str__(self) -> str:
-        return f"{self.process.host}:{self.process.pid}"
 
 
 def _state(pid: int) -> tuple[str, int] | None:

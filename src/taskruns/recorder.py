@@ -7,6 +7,7 @@ from typing import Any
 
 from taskruns.events import Event
 from taskruns.history import TaskRunHistory
+from taskruns.replay import Replayed
 from taskruns.stream import Stream
 from taskruns.timeline import Effect
 
@@ -45,3 +46,11 @@ class EventRecorder:
             effects = self._history.record_events(self._stream, checked)
             self.counts.update(effects)
         return effects
+
+    def replay(self, *, seconds: float | None = None) -> Replayed:
+        """Write what is kept in the spool, the events of this source as those that are recorded here.
+
+        See :meth:`TaskRunHistory.replay`.
+        """
+        with self._lock:
+            return self._history.replay(seconds=seconds, stream=self._stream)

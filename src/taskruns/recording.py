@@ -3,6 +3,8 @@
 import asyncio
 import inspect
 import logging
+import math
+import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -12,17 +14,25 @@ from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
+from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
+from taskruns import engine, spool
 from taskruns.errors import SchemaVersionError
-from taskruns.model import TaskPhase, TaskRun, checked_exit_code, checked_phase
+from taskruns.model import Outcome, TaskPhase, TaskRun, checked_exit_code, checked_phase
+from taskruns.replay import replay
 from taskruns.retrying import cause_of
+from taskruns.url import with_sync_driver
+from taskruns.writing import Start
 
 OnError = Literal["warn", "raise"]
 """What to do when a run cannot be recorded: log it and go on, or raise."""
 
 PAUSE = 30.0
-"""Seconds without a new try after the database could not be used."""
+"""Seconds without a new try after the database could not be used, and between two goes at what is spooled."""
+
+REPLAY_FOR = 5.0
+"""Seconds of one go."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -55,6 +65,9 @@ class RecordedRun:
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     """When the recorded code began."""
     _clock: float = field(default_factory=time.monotonic)
+    _kept: TaskRun | None = None
+    """The run as the spool has it, where its start could not be written."""
+    _finished_at: datetime | None = None
 
     @property
     def attempt(self) -> int | None:
@@ -63,7 +76,8 @@ class RecordedRun:
 
     def outcome(self, exception: BaseException | None) -> dict[str, Any]:
         """Return how the code ended, as the arguments of ``close_run``; the duration is the monotonic clock's."""
-        finished_at = self.started_at + timedelta(seconds=time.monotonic() - self._clock)
+        if self._finished_at is None:  # the spool may ask again after the database
+            self._finished_at = self.started_at + timedelta(seconds=time.monotonic() - self._clock)
         phase, error, exit_code = _judge(exception)
         error = error if self.error is None else str(self.error)
         exit_code = self._usable_exit_code(exit_code)
@@ -74,7 +88,7 @@ class RecordedRun:
             phase = TaskPhase.FAILED
         if phase is TaskPhase.SUCCEEDED:
             error = None
-        return {"phase": phase, "error": error, "exit_code": exit_code, "finished_at": finished_at}
+        return {"phase": phase, "error": error, "exit_code": exit_code, "finished_at": self._finished_at}
 
     # What cannot be used is left out: the run has to end, and the code has nothing to learn from it any more.
 
@@ -124,11 +138,19 @@ def _judge_exit(code: object) -> tuple[TaskPhase, str | None, int | None]:
 
 
 class Outage:
-    """Whether the database can be used at present, as far as is known: it is asked again after a pause."""
+    """Whether the database can be used at present, as far as is known: it is asked again after a pause.
 
-    def __init__(self) -> None:
+    Meanwhile runs are kept in the spool. It is replayed in a thread of its own, begun after the first success.
+    """
+
+    def __init__(self, url: URL | None) -> None:
+        self._url = url if url is not None and spool.has_spool(url) else None
+        self._spool = None if self._url is None else spool.Spool(self._url)
         self._until = 0.0
-        self._is_said = False
+        self._cause = ""
+        self._said: set[str] = set()
+        self._replay_at = 0.0
+        self._replaying: threading.Thread | None = None
 
     @property
     def is_on(self) -> bool:
@@ -137,24 +159,91 @@ class Outage:
 
     @contextmanager
     def tolerated(self, task_id: str, on_error: OnError) -> Iterator[None]:
-        """Log what goes wrong inside instead of raising it, unless ``on_error`` says to raise."""
+        """Take note of what goes wrong inside instead of raising it, unless ``on_error`` says to raise."""
         try:
             yield
         except Exception as error:
             if on_error == "raise":
                 raise
-            self._log(task_id, error)
+            if isinstance(error, SQLAlchemyError | SchemaVersionError | OSError):
+                self._until = time.monotonic() + PAUSE
+                self._cause = cause_of(error)
+            else:
+                _log.warning("a run of task %r is not recorded as it should be: %s", task_id, error)
         else:
-            self._until, self._is_said = 0.0, False
+            self._until = 0.0
+            self._said.clear()
+            self._replay()
 
-    def _log(self, task_id: str, error: Exception) -> None:
-        if not isinstance(error, SQLAlchemyError | SchemaVersionError | OSError):
-            _log.warning("a run of task %r is not recorded as it should be: %s", task_id, error)
+    def keep_start(self, handle: RecordedRun, task_id: str, source: str, submission: str | None) -> None:
+        """Keep a start that could not be written, if that is because of an outage."""
+        if not self.is_on:
             return
-        self._until = time.monotonic() + PAUSE
-        if not self._is_said:  # once while the database stays out of use
-            self._is_said = True
-            _log.warning("runs are not recorded at present, beginning with task %r: %s", task_id, cause_of(error))
+        with self._kept(task_id, "this run"):
+            run = Start.of(task_id, None, handle.started_at, source, submission, None).run
+            if self._spool is not None:
+                handle._kept = self._spool.add_start(run)  # noqa: SLF001  (the caller has no use for it)
+
+    def keep_end(self, handle: RecordedRun, task_id: str, exception: BaseException | None) -> None:
+        """Keep the end of a run whose start was kept, or of one that could not be closed because of an outage."""
+        run = handle._kept or handle.run  # noqa: SLF001  (as above)
+        if run is None or not (handle._kept or self.is_on):  # noqa: SLF001  (as above)
+            return
+        with self._kept(task_id, "the end of this run"):
+            outcome = Outcome.of(**handle.outcome(exception))
+            if self._spool is not None:
+                self._spool.add_end(run, outcome, attempt=None if handle._kept else run.attempt)  # noqa: SLF001  (as above)
+        self._replay_at = 0.0
+        if not self.is_on:
+            self._replay()
+
+    @contextmanager
+    def _kept(self, task_id: str, what: str) -> Iterator[None]:
+        """Say, once in an outage, that runs are kept or, likewise, that they cannot be."""
+        try:
+            yield
+        except OSError as error:
+            self._say("%s will not be recorded (task %r): %s; %s", what, task_id, self._cause, error.strerror or error)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the recorded code goes on)
+            _log.warning("a run of task %r is not recorded as it should be: %s", task_id, error)
+        else:
+            if self._spool is None:
+                self._say("runs are not recorded at present, beginning with task %r: %s", task_id, self._cause)
+            elif self.is_on:
+                self._say("runs are kept in %s until the database can be used again: %s", self._spool.path, self._cause)
+
+    def _say(self, message: str, *arguments: object) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            _log.warning(message, *arguments)
+
+    def _replay(self) -> None:
+        """Have what is spooled replayed, if there is anything, and unless that was tried just now."""
+        is_busy = self._replaying is not None and self._replaying.is_alive()
+        if self._url is None or is_busy or time.monotonic() < self._replay_at:
+            return
+        if not spool.files(self._url):
+            self._replay_at = math.inf
+            return
+        self._replay_at = time.monotonic() + PAUSE
+        self._replaying = threading.Thread(target=replay_quietly, args=(self._url,), daemon=True)
+        self._replaying.start()
+
+
+def replay_quietly(url: URL) -> None:
+    """Replay what is spooled for some seconds, through connections of its own; what fails is left for the next time.
+
+    It belongs into a daemon thread: a kill at any moment is harmless.
+    """
+    try:
+        url = with_sync_driver(url)
+        own = engine.create(url)
+        try:
+            replay(own, url, seconds=REPLAY_FOR)
+        finally:
+            own.dispose()
+    except Exception as error:  # noqa: BLE001  (there will be another go)
+        _log.info("what is spooled could not be replayed: %s", cause_of(error))
 
 
 class Recording:

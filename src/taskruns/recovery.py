@@ -25,7 +25,7 @@ class Loss:
     """An active run nobody watches over, as it is to be closed."""
 
     run: TaskRun
-    supervisor: Supervisor | None
+    supervisor: Supervisor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +66,28 @@ def find_losses(
             run = run_of(row)
             assert run.supervisor_id is not None  # noqa: S101  (for mypy: it was asked for)
             supervisor = dead[run.supervisor_id]
-            why = f"supervisor {supervisor} last seen {rfc3339(supervisor.heartbeat_at)}"
-            losses.append(Loss(_ended(run, supervisor.heartbeat_at, why), supervisor))
+            losses.append(Loss(ended(run, supervisor.process, supervisor.heartbeat_at), supervisor))
     if unsupervised_after is not None:
         for now, *values in connection.execute(statements.unsupervised_runs(connection.dialect.name)):
             run = TaskRun(*values)
             if (now - run.started_at).total_seconds() > unsupervised_after:
-                losses.append(Loss(_ended(run, run.started_at, "no supervisor"), None))
+                losses.append(Loss(ended(run, None, run.started_at)))
     return Losses(list(dead.values()), losses)
 
 
-def _ended(run: TaskRun, last_seen: datetime, why: str) -> TaskRun:
-    error = f"run outcome not observed ({why})"
-    return replace(run.finish(TaskPhase.FAILED, error=error, finished_at=last_seen), recovered=True)
+def ended(run: TaskRun, watcher: Process | None, last_seen: datetime) -> TaskRun:
+    """Return a run as it is closed when the process that watched over it was last seen at a moment."""
+    why = "no supervisor" if watcher is None else f"supervisor {watcher} last seen {rfc3339(last_seen)}"
+    lost = run.finish(TaskPhase.FAILED, error=f"run outcome not observed ({why})", finished_at=last_seen)
+    return replace(lost, recovered=True)
+
+
+def remember(connection: Connection, number: int, source: str, process: Process, seen: datetime) -> None:
+    """Register a process as it was last seen, in the caller's transaction, unless it is registered."""
+    if connection.execute(statements.get_supervisor(), {"watcher": number}).first() is None:
+        values = {name: getattr(process, name) for name in ("host", "boot_id", "pid_namespace", "pid")}
+        times = {"process_started": process.started, "started_at": seen, "heartbeat_at": seen}
+        connection.execute(statements.add_supervisor(), {"id": number, "source": source} | values | times)
 
 
 def close(connection: Connection, losses: Iterable[Loss]) -> list[TaskRun]:
@@ -101,20 +110,30 @@ def recover(
     *,
     stale_after: float | None = STALE_AFTER,
     unsupervised_after: float | None = None,
-) -> list[TaskRun]:
-    """Close the runs that are lost, and remove dead supervisors, in transactions of its own; return these runs."""
+) -> Iterator[TaskRun]:
+    """Close the runs that are lost, and remove dead supervisors, in transactions of its own; yield these runs."""
     losses = find_losses(connection, here, stale_after=stale_after, unsupervised_after=unsupervised_after)
     connection.commit()
-    closed = []
     for runs in _portions(losses.runs):
         with engine.transaction(connection):
-            closed += close(connection, runs)
-    for dead in _portions(losses.supervisors):
+            closed = close(connection, runs)
+        yield from closed
+    _remove(connection, losses.supervisors)
+
+
+def remove_idle(connection: Connection, here: Process) -> None:
+    """Remove the dead supervisors that watch over no run, in transactions of its own."""
+    dead = [known for known in supervisors(connection) if not known.active_runs and known.is_dead(here)]
+    connection.commit()
+    _remove(connection, dead)
+
+
+def _remove(connection: Connection, supervisors: Iterable[Supervisor]) -> None:
+    for dead in _portions(supervisors):
         with engine.transaction(connection):
             for supervisor in dead:
                 given = {"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at}
                 connection.execute(statements.remove_silent_supervisor(), given)
-    return closed
 
 
 def _portions(values: Iterable[T]) -> Iterator[list[T]]:

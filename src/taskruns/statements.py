@@ -41,6 +41,7 @@ from taskruns.schema import UTCDateTime, supervisors, task_runs
 _T = task_runs
 _C = task_runs.c
 _S = supervisors.c
+_WATCHER = bindparam("watcher", type_=_S.id.type)
 _KEY = [_C.task_id, _C.attempt]
 _START = ("source", "submission", "source_attempt")
 _GIVEN = ("task_id", "started_at", *_START, "supervisor_id")
@@ -133,7 +134,7 @@ def refine_run(phase: TaskPhase) -> Update:
     return refining.values(phase=literal(phase, _C.phase.type), error=error, exit_code=exit_code)
 
 
-def now(dialect: str) -> ColumnElement[datetime]:
+def clock(dialect: str) -> ColumnElement[datetime]:
     """Return the database's clock, in UTC, as times are stored."""
     clocks = {
         "sqlite": "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'",
@@ -146,13 +147,25 @@ def now(dialect: str) -> ColumnElement[datetime]:
 def beat(dialect: str) -> Insert:
     """Renew a supervisor's heartbeat; insert the supervisor if it is not there."""
     given: dict[str, Any] = {column.name: bindparam(column.name, type_=column.type) for column in _S}
-    given |= {"started_at": now(dialect), "heartbeat_at": now(dialect)}
-    renewed = {"heartbeat_at": now(dialect)}
+    given |= {"started_at": clock(dialect), "heartbeat_at": clock(dialect)}
+    renewed = {"heartbeat_at": clock(dialect)}
     if dialect == "postgresql":
         return postgresql.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
     if dialect == "sqlite":
         return sqlite.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
     return mysql.insert(supervisors).values(given).on_duplicate_key_update(renewed)
+
+
+@cache
+def get_supervisor() -> Select[Any]:
+    """Select a supervisor."""
+    return select(*_S).where(_S.id == _WATCHER)
+
+
+@cache
+def add_supervisor() -> Insert:
+    """Insert a supervisor with times of its own."""
+    return insert(supervisors)
 
 
 @cache
@@ -165,7 +178,7 @@ def all_supervisors(dialect: str) -> Select[Any]:
         .subquery("active")
     )
     number = func.coalesce(active.c.number, 0)
-    query = select(*_S, now(dialect), number).outerjoin(active, active.c.supervisor_id == _S.id)
+    query = select(*_S, clock(dialect), number).outerjoin(active, active.c.supervisor_id == _S.id)
     return query.order_by(_S.started_at, _S.id)
 
 
@@ -178,10 +191,9 @@ def runs_of_supervisors(ids: Collection[int]) -> Select[Any]:
 def unsupervised_runs(dialect: str) -> Select[Any]:
     """Select the database's time and the active runs that no known supervisor watches over."""
     unknown = not_(exists().where(_S.id == _C.supervisor_id))
-    return select(now(dialect), *COLUMNS).where(_C.finished_at.is_(None), unknown).order_by(*_KEY)
+    return select(clock(dialect), *COLUMNS).where(_C.finished_at.is_(None), unknown).order_by(*_KEY)
 
 
-_WATCHER = bindparam("watcher", type_=_S.id.type)
 _UNMOVED = (_S.id == _WATCHER, _S.heartbeat_at == bindparam("last_beat", type_=_S.heartbeat_at.type))
 
 
@@ -221,13 +233,15 @@ def get_run() -> Select[Any]:
     return select(*COLUMNS).where(*_THE_RUN)
 
 
+_AMENDED = ("phase", "started_at", "finished_at", "error", "exit_code", "recovered", "start_inferred")
+
+
 @cache
 def amend_run() -> Update:
     """Store all that an event may change of a run, unless somebody else has opened or closed it meanwhile."""
-    changed = ("phase", "started_at", "finished_at", "error", "exit_code", "recovered", "start_inferred")
     was_phase = bindparam("was_phase", type_=_C.phase.type)
     was_recovered = bindparam("was_recovered", type_=_C.recovered.type)
-    values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in changed}
+    values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in _AMENDED}
     return update(_T).where(*_THE_RUN, _C.phase == was_phase, _C.recovered == was_recovered).values(values)
 
 
@@ -366,6 +380,101 @@ def _grouped(limit: int | None, after: str | None) -> Select[Any]:
         last = last.order_by(newest.c.task_id).limit(limit)
     key = last.subquery("last")
     return select(*COLUMNS).join(key, and_(_C.task_id == key.c.task_id, _C.attempt == key.c.attempt))
+
+
+_JUDGED = (_C.task_id, _C.attempt, _C.phase, _C.finished_at)
+_BEFORE = _C.finished_at < bindparam("before", type_=_C.finished_at.type)
+
+
+def older_runs(task_id: str, attempt: int, *, limit: int) -> Select[Any]:
+    """Select what a policy judges of the task's runs before an attempt, newest first."""
+    query = select(*_JUDGED).where(_C.task_id == task_id, _C.attempt < attempt)
+    return query.order_by(_C.attempt.desc()).limit(limit)
+
+
+def runs_of_preceding_tasks(task_id: str | None, *, limit: int) -> Select[Any]:
+    """Select the same of the tasks before this one, or of all, the last task and its newest run first."""
+    query = select(*_JUDGED).order_by(_C.task_id.desc(), _C.attempt.desc()).limit(limit)
+    return query if task_id is None else query.where(_C.task_id < task_id)
+
+
+def first_runs(task_id: str, *, limit: int) -> Select[Any]:
+    """Select the same of the task's runs with the lowest numbers."""
+    return select(*_JUDGED).where(_C.task_id == task_id).order_by(_C.attempt).limit(limit)
+
+
+def runs_started(*, until: datetime, since: datetime | None = None, limit: int) -> Select[Any]:
+    """Select the same, and the start, of the runs that started earliest, since a moment and before another."""
+    query = select(*_JUDGED, _C.started_at).where(_C.started_at < until).order_by(_C.started_at).limit(limit)
+    return query if since is None else query.where(_C.started_at >= since)
+
+
+def with_standing(page: Select[Any], *, before: datetime, keep: int, reach: int) -> Select[Any]:
+    """Select the runs of a page that ended before a moment, each with what decides whether its task still needs it.
+
+    ``floor`` is the attempt of the task's ``keep``-th newest run, ``more`` is that of the second one below it, both
+    null if there is none, and ``later_success``, of a succeeded run, another within the next ``reach`` attempts. Scalar
+    subqueries with a LIMIT: each is a few steps along the key, and no optimizer makes a join of whole tables of them.
+    """
+    run, other = page.subquery("run"), _T.alias("other")
+    same_task = other.c.task_id == run.c.task_id
+
+    def one(query: Select[Any], name: str) -> ColumnElement[Any]:
+        return query.where(same_task).limit(1).correlate(run).scalar_subquery().label(name)
+
+    newest = select(other.c.attempt).order_by(other.c.attempt.desc())
+    following = and_(other.c.attempt > run.c.attempt, other.c.attempt <= run.c.attempt + reach)
+    success = select(other.c.attempt).where(following, other.c.phase == TaskPhase.SUCCEEDED)
+    is_success = run.c.phase == TaskPhase.SUCCEEDED
+    return select(
+        run,
+        one(newest.offset(keep - 1), "floor"),
+        one(newest.offset(keep + 1), "more"),
+        case((is_success, one(success, "next"))).label("later_success"),
+    ).where(run.c.finished_at < before)
+
+
+@cache
+def busy_tasks() -> Select[Any]:
+    """Select those of some tasks that have an active run, or one that ended since a moment."""
+    some = _C.task_id.in_(bindparam("task_ids", expanding=True))
+    since = _C.finished_at >= bindparam("since", type_=_C.finished_at.type)
+    return select(_C.task_id).distinct().where(some, or_(_C.finished_at.is_(None), since))
+
+
+@cache
+def delete_run() -> Delete:
+    """Delete a run, unless it is active or has got a later end meanwhile."""
+    return delete(_T).where(*_THE_RUN, _BEFORE)
+
+
+@cache
+def delete_runs() -> Delete:
+    """Delete all of a task's runs that ended before a moment."""
+    return delete(_T).where(_THE_RUN[0], _BEFORE)
+
+
+_RANGE = _C.attempt.between(bindparam("first", type_=_C.attempt.type), bindparam("last", type_=_C.attempt.type))
+
+
+@cache
+def last_of_range() -> Select[Any]:
+    """Select the highest of some of a task's attempts, the lowest ones from a given one on."""
+    least, most = bindparam("first", type_=_C.attempt.type), bindparam("most", type_=Integer)
+    some = select(_C.attempt).where(_THE_RUN[0], _C.attempt >= least).order_by(_C.attempt).limit(most).subquery()
+    return select(func.max(some.c.attempt))
+
+
+@cache
+def forget_runs() -> Delete:
+    """Delete the runs of a range of a task's attempts that have ended."""
+    return delete(_T).where(_THE_RUN[0], _RANGE, _C.finished_at.is_not(None))
+
+
+@cache
+def forget_errors(removed: str) -> Update:
+    """Replace the errors of a range of a task's attempts."""
+    return update(_T).where(_THE_RUN[0], _RANGE, _C.error != removed).values(error=removed)
 
 
 def citus() -> Select[Any]:

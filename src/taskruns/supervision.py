@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from taskruns import engine, recovery, statements
 from taskruns.errors import RunClosedError, RunNotFoundError
 from taskruns.events import Event
-from taskruns.liveness import Process
+from taskruns.liveness import ID_BITS, Process
 from taskruns.model import Outcome, TaskRun
 from taskruns.retrying import is_lost, is_refusal
 from taskruns.stream import Stream
@@ -28,9 +28,6 @@ HEARTBEAT = 10.0
 
 _JITTER = 0.1
 """The part of these by which they vary, so that the processes of a host do not all beat at the same moment."""
-
-_ID_BITS = 53
-"""Bits of a supervisor's number: as many as a number of JavaScript holds. Drawn at random, none is used twice."""
 
 _random = secrets.SystemRandom()  # not of the seed that the program may have set
 
@@ -55,17 +52,17 @@ class Supervision:
         self._url = None if is_in_memory(url) else url
         self._source = source
         self._interval = interval
-        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.begin_anew()
         _all.add(self)
 
     def begin_anew(self) -> None:
         """Be a supervisor that has no runs and is not registered."""
         self._lock = threading.Lock()
-        self._id = _random.getrandbits(_ID_BITS)
+        self._id = _random.getrandbits(ID_BITS)
         self._process: Process | None = None
         self._beaten_at: float | None = None
         self._active: dict[str, dict[int, _Watched]] = {}
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._heart: threading.Thread | None = None
 
     @property
@@ -83,7 +80,8 @@ class Supervision:
         connection.commit()
         assert self._process is not None  # noqa: S101  (for mypy: it has beaten)
         try:
-            recovery.recover(connection, self._process, stale_after=None)
+            for run in recovery.recover(connection, self._process, stale_after=None):
+                _log.debug("recovered attempt %d of task %r", run.attempt, run.task_id)
         except SQLAlchemyError as error:
             if is_lost(error) or is_refusal(error):
                 raise  # the run that is to be opened would have to wait for the same

@@ -290,9 +290,10 @@ class Timeline:
             if active is not entry and _matches(active, entry.submission) and active.place < entry.place:
                 self._lose(active, entry.started_at)
         previous = next(self._before(place, entry.submission), None)
-        if previous is not None and previous.recovered and previous.error == SUPERSEDED:
+        if previous is not None and previous.recovered:
             assert previous.finished_at is not None  # noqa: S101  (for mypy: only active runs have none)
-            if entry.started_at < previous.finished_at or previous.finished_at == moved_from:
+            is_later = previous.finished_at <= entry.started_at and previous.finished_at != moved_from
+            if not (previous.error == SUPERSEDED and is_later):  # else it is known since a start in between
                 self._lose(previous, entry.started_at)
         if not is_last and entry.finished_at is None:
             following = next(self._after(place + 1, entry.submission), None)

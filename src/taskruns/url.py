@@ -52,6 +52,12 @@ def parse_url(url: str | URL, *, drivers: dict[str, str] = DRIVERS) -> URL:
     return parsed
 
 
+def with_sync_driver(url: URL) -> URL:
+    """Return the URL with a driver that needs no event loop."""
+    backend = url.get_backend_name()
+    return url.set(drivername=f"{backend}+{DRIVERS[backend]}") if url.get_dialect().is_async else url
+
+
 def is_file(url: URL) -> bool:
     """Whether this is an SQLite database in a plain file: neither in memory nor a ``file:`` URI."""
     name = url.database

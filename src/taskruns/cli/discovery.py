@@ -14,11 +14,14 @@ from platformdirs import user_data_path
 from sqlalchemy import URL
 
 from taskruns.history import TaskRunHistory
+from taskruns.retention import EMBEDDED, Retention
 from taskruns.url import hide_password, is_file, parse_name, parse_url
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 SYSTEM_CONFIG = Path("/etc/taskruns.toml")
+
+_DEFAULT = "the default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,13 @@ class Database:
 
     url: URL
     named_by: str
+    retention: Retention | None = None
+    """The policy that it keeps up by itself: only the default file, which nobody has named, has one."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is the file that nobody has named."""
+        return self.named_by == _DEFAULT
 
     @classmethod
     def find(cls, option: str | None) -> "Database":
@@ -48,7 +58,7 @@ class Database:
     def default(cls) -> "Database":
         """Return the file that is used where nothing else is named."""
         default = user_data_path("taskruns") / "taskruns.db"
-        return cls(parse_url(URL.create("sqlite", database=str(default))), "the default")
+        return cls(parse_url(URL.create("sqlite", database=str(default))), _DEFAULT, configured_retention(EMBEDDED))
 
     def __str__(self) -> str:
         return hide_password(self.url)
@@ -93,17 +103,39 @@ def user_config() -> Path:
         raise click.ClickException("there is no home directory: name the database by --db or TASKRUNS_DB") from None
 
 
+def configured_retention(default: Retention | None) -> Retention | None:
+    """Return the policy of TASKRUNS_RETENTION, else of a configuration file, else ``default``; None if that is off."""
+    text, by = os.environ.get("TASKRUNS_RETENTION"), "TASKRUNS_RETENTION"
+    for path in (user_config(), SYSTEM_CONFIG):
+        if not text:
+            text, by = _settings(path).get("retention"), str(path)
+    if not text:
+        return default
+    try:
+        return Retention.parse(text)
+    except (ValueError, AttributeError) as error:
+        why = error if isinstance(text, str) else 'it is a text, such as retention = "succeeded=30d, keep=5"'
+        raise click.ClickException(f"{by}: retention: {why}") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{path} cannot be read: {error}") from None
+
+
 def _configured(path: Path) -> str | None:
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = _settings(path)
         if "db_file" in settings and "db" not in settings:
             file = path.parent / Path(settings["db_file"]).expanduser()
             return _from_its_folder(file.read_text(encoding="utf-8").strip(), path)
         named = settings.get("db")
     except (FileNotFoundError, NotADirectoryError) as error:
-        if error.filename != str(path):
-            raise click.ClickException(f"{path}: db_file: {error.strerror}: {error.filename}") from None
-        return None
+        raise click.ClickException(f"{path}: db_file: {error.strerror}: {error.filename}") from None
     except (OSError, ValueError, TypeError) as error:
         raise click.ClickException(f"{path} cannot be read: {error}") from None
     if named is not None and not isinstance(named, str):

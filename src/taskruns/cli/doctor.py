@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from platformdirs import user_state_path
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from taskruns import engine, migrate, statements
+from taskruns import engine, migrate, recovery, spool, statements
 from taskruns.cli import advice
 from taskruns.cli.discovery import Database, db_option, places
 from taskruns.cli.finding import Finding, Findings
 from taskruns.cli.storage import existing, file, place, size
+from taskruns.liveness import Process
 from taskruns.repository import TaskRunRepository
 from taskruns.retrying import cause_of
 from taskruns.schema import SCHEMA_VERSION
@@ -168,22 +168,44 @@ def configuration(option: str | None, found: list[Database]) -> Findings:
 
 
 def state_directory() -> Findings:
-    """Say whether this user may keep state: what could not be written into the database, for one."""
-    if named := os.environ.get("TASKRUNS_STATE_DIR"):
-        path = Path(named)
-    elif given := os.environ.get("STATE_DIRECTORY"):  # systemd's, of which there may be several
-        path = Path(given.split(":")[0]) / "taskruns"
-    else:
-        try:
-            path = user_state_path("taskruns")
-        except RuntimeError as error:  # no home directory
-            yield Finding("state", "problem", str(error), "name a directory by TASKRUNS_STATE_DIR")
-            return
+    """Say whether this user may keep what cannot be written into the database."""
+    try:
+        path = spool.directory()
+    except (OSError, RuntimeError) as error:  # no home directory
+        yield Finding("state", "problem", str(error), "name a directory by TASKRUNS_STATE_DIR")
+        return
     nearest = existing(path)
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         yield Finding("state", "ok", f"{path} is writable" if nearest == path else f"{path} can be made")
     else:
         yield Finding("state", "problem", f"{nearest} is not a writable directory", "name one by TASKRUNS_STATE_DIR")
+
+
+def spooled(database: Database) -> Findings:
+    """Say what is kept until a database can be used again."""
+    kept = spool.waiting(database.url)
+    if kept:
+        events = sum(some.events for some in kept)
+        message = f"{events} event{'s' * (events != 1)} not in the database yet, since {_moment(kept[0].oldest)}"
+        if all(some.is_alive for some in kept):
+            yield Finding("spool", "note", f"{message}, of processes that are still at it")
+        else:
+            yield Finding("spool", "problem", message, "run `taskruns replay`, once the database can be used")
+    for name in sorted({some.database for some in spool.waiting()} - {some.database for some in kept}):
+        message = f"something is kept for another database: {name}"
+        yield Finding("spool", "note", message, "run `taskruns --db URL replay` with the URL that it has now")
+    if rejected := spool.rejected(database.url):
+        message = f"lines that could not be replayed are in {rejected[0]}"
+        yield Finding("spool", "problem", message, "look at them, and remove the file")
+
+
+def self_pruning(database: Database) -> Findings:
+    """Say what a database deletes by itself."""
+    if database.retention is not None:
+        yield Finding("retention", "ok", f"what is old is deleted by itself: {database.retention}")
+    elif database.named_by == Database.default().named_by:
+        message = "this database grows without end, as its retention is off"
+        yield Finding("retention", "note", message, "run `taskruns prune` now and then")
 
 
 def sqlite_file(database: Database) -> Findings:
@@ -309,6 +331,18 @@ def runs(connection: Connection) -> Findings:
         yield Finding("pruning", "note", message, "`taskruns prune` deletes what is old")
 
 
+def watchers(connection: Connection) -> Findings:
+    """Say whether runs are active whose process is gone."""
+    if not migrate.suits(migrate.current(connection)):
+        return
+    here = Process.here()
+    stale = [known for known in recovery.supervisors(connection) if known.active_runs and known.is_dead(here)]
+    if stale:
+        count = sum(known.active_runs for known in stale)
+        message = f"{count} {'run is' if count == 1 else 'runs are'} active whose process is gone: {stale[0].process}"
+        yield Finding("supervisors", "problem", message, "run `taskruns recover`")
+
+
 def _moment(moment: datetime) -> str:
     return rfc3339(moment.replace(microsecond=0)).replace(".000000", "")
 
@@ -326,7 +360,9 @@ def sqlite_pages(connection: Connection) -> Findings:
     assert isinstance(of, int)  # noqa: S101  (as above)
     much = free * of > MUCH_FREE and free * 2 > pages
     message = f"{size(pages * of)}, {size(free * of)} of them free"
-    yield Finding("size", "note" if much else "ok", message, "`sqlite3 FILE VACUUM` gives them back" if much else None)
+    yield Finding(
+        "size", "note" if much else "ok", message, "`taskruns prune --compact` gives them back" if much else None
+    )
     path = connection.exec_driver_sql("PRAGMA database_list").one()[2]
     # A reader who may not write is told of another mode than the file's, see engine.py.
     is_told = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)  # noqa: PTH120  (may be empty)
@@ -334,8 +370,14 @@ def sqlite_pages(connection: Connection) -> Findings:
         yield Finding("journal", "note", f"the journal mode is {mode}, not wal: the next writer changes that")
 
 
-OF_DATABASE: Sequence[Callable[[Database], Iterable[Finding]]] = (sqlite_file, sqlite_library, reachable)
+OF_DATABASE: Sequence[Callable[[Database], Iterable[Finding]]] = (
+    sqlite_file,
+    sqlite_library,
+    self_pruning,
+    spooled,
+    reachable,
+)
 """Checks of a database that need no connection, and the one that connects."""
 
-OF_CONTENTS: Sequence[Callable[[Connection], Iterable[Finding]]] = (sqlite_pages, tables, runs)
+OF_CONTENTS: Sequence[Callable[[Connection], Iterable[Finding]]] = (sqlite_pages, tables, runs, watchers)
 """Checks of what is in the database."""

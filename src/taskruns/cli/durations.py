@@ -1,14 +1,11 @@
 """Spans of time, as people write and read them."""
 
-import math
-import re
 from datetime import timedelta
 from typing import Any
 
 import click
 
-_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(ms|[smhd]?)")
+from taskruns.times import parse_duration
 
 
 class Duration(click.ParamType[Any]):
@@ -20,13 +17,10 @@ class Duration(click.ParamType[Any]):
         """Return the seconds."""
         if isinstance(value, int | float):
             return float(value)
-        match = _DURATION.fullmatch(str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is not a duration, such as 30s, 1.5m, 2h or 1d", parameter, context)
-        seconds = float(match[1]) * _UNITS[match[2]]
-        if not math.isfinite(seconds) or seconds > timedelta(days=36500).total_seconds():
-            self.fail(f"{value!r} is longer than a century", parameter, context)
-        return seconds
+        try:
+            return parse_duration(str(value)).total_seconds()
+        except ValueError as error:
+            self.fail(str(error), parameter, context)
 
 
 class DurationRange(Duration):

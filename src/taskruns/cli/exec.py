@@ -113,14 +113,15 @@ def exec_command(
     option = click.get_current_context().find_root().obj
 
     def say(line: str) -> None:
-        if not quiet:
-            with suppress(OSError):  # a reader that has gone, a full disk: nothing to the command
-                complain(line)
+        with suppress(OSError):  # a reader that has gone, a full disk: nothing to the command
+            complain(line)
 
     def connect(note: OnRetry) -> TaskRunHistory:
         found = Database.find(option)
-        return TaskRunHistory.connect(found.url, retry_for=math.inf, on_retry=note, heartbeat=_HEARTBEAT)
+        return TaskRunHistory.connect(
+            found.url, retry_for=math.inf, on_retry=note, heartbeat=_HEARTBEAT, retention=found.retention
+        )
 
-    status = execution.execute(plan, connect, say)
+    status = execution.execute(plan, connect, None if quiet else say)
     # A database call that hangs in its thread must not keep the process.
     os._exit(status)

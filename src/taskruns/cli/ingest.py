@@ -2,13 +2,12 @@
 
 import codecs
 import json
-import math
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -18,11 +17,9 @@ import click
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.lines import MAX_LINE, Rejects, refuse_same_file
+from taskruns.cli.sink import Sink
 from taskruns.events import Event
-from taskruns.history import TaskRunHistory
 from taskruns.model import checked_name
-from taskruns.recorder import EventRecorder
-from taskruns.retrying import cause_of
 from taskruns.timeline import Effect
 
 _CHUNK = 64 * 1024
@@ -34,11 +31,8 @@ _CHUNKS = 64
 _LINES, _BYTES = 4000, 4 * 1024 * 1024
 """Most lines, and roughly most bytes, that become one transaction."""
 
-_GRACE = 5.0
-"""Seconds for which a database that cannot be used is tried again after the signal to stop."""
-
-_LOCK_TIMEOUT = 2.0
-"""Seconds to wait for another writer of an SQLite file; it is tried again, but then the user and a signal are heard."""
+_TICK = 0.5
+"""Seconds between two looks at a database that cannot be used, while the input pauses."""
 
 _SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
@@ -58,10 +52,6 @@ _MEANINGS = {
 _decode = json.JSONDecoder().raw_decode  # json.loads takes twice as long
 
 
-class _StoppedError(Exception):
-    """The database cannot be used, and there is no more time."""
-
-
 class _Input:
     """Reads lines in a thread of its own, so that a pause is seen, and a signal heard, at once."""
 
@@ -73,7 +63,9 @@ class _Input:
         self._queue: SimpleQueue[bytes | tuple[bytes, bool] | BaseException | None] = SimpleQueue()
         self._room = threading.Semaphore(_CHUNKS)
         self._has_more = False
-        self.stopped_at: float | None = None
+        self._is_stopped = False
+        self.tick: float | None = None
+        """Seconds after which a pause is told again."""
         threading.Thread(target=self._read, daemon=True).start()
 
     def heed_signals(self) -> None:
@@ -84,8 +76,8 @@ class _Input:
 
     def _stop(self, *_: object) -> None:
         """Take no more than what has been read by now. A signal handler: it takes no lock."""
-        if self.stopped_at is None:
-            self.stopped_at = time.monotonic()
+        if not self._is_stopped:
+            self._is_stopped = True
             self._queue.put(None)
 
     def _read(self) -> None:
@@ -135,7 +127,10 @@ class _Input:
                 item = self._queue.get_nowait()
             except Empty:
                 yield None
-                item = self._queue.get()
+                try:
+                    item = self._queue.get(timeout=self.tick)
+                except Empty:
+                    continue
             if item is None:
                 break
             if isinstance(item, BaseException):
@@ -174,64 +169,37 @@ def ingest_command(file: str, source: str | None, ack: bool, rejects: Path | Non
             raise click.BadParameter(str(error), param_hint="--source") from None
     refuse_same_file(file, rejects)
     chosen = database()
-    with chosen.options_checked(), TaskRunHistory.connect(chosen.url) as history:
-        history.prepare()
-    lines = _Input(file)
-    lines.heed_signals()
-    patience = _Patience(lines)
-    connected = TaskRunHistory.connect(
-        chosen.url, lock_timeout=_LOCK_TIMEOUT, retry_for=math.inf, on_retry=patience.note
-    )
-    with connected as history, Rejects(rejects) as kept:
-        ingestion = _Ingestion(EventRecorder(history, source=source), kept, is_acknowledged=ack)
+    with chosen.options_checked():
+        sink = Sink(chosen.url, source, chosen.retention)
+        lines = _Input(file)  # before the database is waited for: the supervisor does not wait
+        lines.heed_signals()
+        sink.open()
+    with closing(sink), Rejects(rejects) as kept:
+        ingestion = _Ingestion(sink, kept, is_acknowledged=ack)
         try:
             for line in lines:
                 if line is not None:
                     ingestion.take(line, lines)
                 if line is None or ingestion.is_full:
                     ingestion.write()
-                    patience.renew()
+                    lines.tick = _TICK if sink.is_out else None
             ingestion.write()
-        except _StoppedError:
-            complain(
-                f"the database cannot be used: what was read from line {ingestion.first_unwritten} on is not recorded"
-            )
-            return 2
         except OSError as error:
             if rejects is None:
                 raise
             raise click.ClickException(f"{rejects} cannot be written: {error.strerror}") from None
         finally:
             ingestion.summarize()
+    if sink.is_broken:
+        return 2
     return 1 if kept.count else 0
-
-
-class _Patience:
-    """Keeps on trying when the database is out of use, and says so once; after a signal to stop not for long."""
-
-    def __init__(self, lines: _Input) -> None:
-        self._lines = lines
-        self._is_told = False
-
-    def note(self, error: BaseException) -> None:
-        """Take note of an error, before the next try."""
-        if not self._is_told:
-            complain(f"the database cannot be used, trying again: {cause_of(error)}")
-            self._is_told = True
-        stopped_at = self._lines.stopped_at
-        if stopped_at is not None and time.monotonic() > stopped_at + _GRACE:
-            raise _StoppedError
-
-    def renew(self) -> None:
-        """Begin anew, as the database can be used."""
-        self._is_told = False
 
 
 class _Ingestion:
     """The lines that were read and not yet written, and what became of all."""
 
-    def __init__(self, recorder: EventRecorder, rejects: Rejects, *, is_acknowledged: bool) -> None:
-        self._recorder = recorder
+    def __init__(self, sink: Sink, rejects: Rejects, *, is_acknowledged: bool) -> None:
+        self._sink = sink
         self._rejects = rejects
         self._is_acknowledged = is_acknowledged
         self._number = 0
@@ -245,11 +213,6 @@ class _Ingestion:
     def is_full(self) -> bool:
         """Whether it is time to write."""
         return len(self._done) >= _LINES or self._bytes >= _BYTES
-
-    @property
-    def first_unwritten(self) -> int:
-        """The number of the first line that is not written."""
-        return self._lines[0][0] if self._lines else self._number + 1
 
     def take(self, line: bytes, lines: _Input) -> None:
         """Take a line that was read; of one that is too long, its beginning."""
@@ -275,12 +238,16 @@ class _Ingestion:
 
     def write(self) -> None:
         """Write what was taken, then acknowledge it."""
+        effects: list[Effect] | None = None
         if self._events:
-            for (number, line), effect in zip(self._lines, self._recorder.record_all(self._events), strict=True):
-                if effect is Effect.FULL:
-                    self._rejects.reject(number, line, "the task has used up its attempt numbers")
+            effects = self._sink.write(self._events, lambda: [_wire(line) for _, line in self._lines])
+        elif self._sink.is_out:
+            self._sink.is_back()
+        for (number, line), effect in zip(self._lines, effects or (), strict=False):
+            if effect is Effect.FULL:
+                self._rejects.reject(number, line, "the task has used up its attempt numbers")
         self._rejects.sync()
-        if self._is_acknowledged and self._done:
+        if self._is_acknowledged and self._done and not self._sink.is_broken:
             try:
                 click.echo("\n".join(json.dumps({"ack": done}) for done in self._done))
             except OSError as error:  # nobody listens any more; the history is kept all the same
@@ -290,9 +257,9 @@ class _Ingestion:
 
     def summarize(self) -> None:
         """Say what became of the lines."""
-        facts = [
-            f"{count} {_MEANINGS[effect]}" for effect, count in self._recorder.counts.items() if effect in _MEANINGS
-        ]
+        facts = [f"{count} {_MEANINGS[effect]}" for effect, count in self._sink.counts.items() if effect in _MEANINGS]
+        if self._sink.kept:
+            facts.append(f"{self._sink.kept} kept until the database could be used")
         if self._rejects.count:
             facts.append(f"{self._rejects.count} rejected")
         if self._unknown_keys:

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -48,7 +48,11 @@ class Loaded:
     """Which of its lines, counted from 0, and why."""
 
 
-def load(history: TaskRunHistory, chunk: Chunk) -> Loaded:
+Check = Callable[[Sequence[Row]], None]
+"""Looks at runs before they are stored, and raises what stops it."""
+
+
+def load(history: TaskRunHistory, chunk: Chunk, check: Check | None = None) -> Loaded:
     """Store the runs of a chunk in one transaction."""
     rows: list[Row] = []
     places: list[int] = []
@@ -63,6 +67,8 @@ def load(history: TaskRunHistory, chunk: Chunk) -> Loaded:
         else:
             rows.append(row)
             places.append(place)
+    if check is not None:
+        check(rows)
     outcome = history.add_rows(rows)
     for number in outcome.conflicts:
         task_id, attempt = rows[number][:2]
@@ -98,22 +104,25 @@ def row_of_line(line: bytes) -> Row:
     return row
 
 
-def load_all(history: TaskRunHistory, url: URL, chunks: Iterable[Chunk]) -> Generator[tuple[Chunk, Loaded]]:
+def load_all(
+    history: TaskRunHistory, url: URL, chunks: Iterable[Chunk], check: Check | None = None
+) -> Generator[tuple[Chunk, Loaded]]:
     """Store the runs of all chunks; yield each chunk when it is done, not always in their order.
 
-    Many are shared out between processes: on one processor, reading a run takes longer than storing it.
+    Many are shared out between processes: on one processor, reading a run takes longer than storing it. A ``check``
+    keeps them in this one.
 
     Raises:
         ClickException: the database cannot be used.
     """
     chunks = iter(chunks)
     for chunk in islice(chunks, _ALONE):
-        yield chunk, load(history, chunk)
-    count = _processes(url)
+        yield chunk, load(history, chunk, check)
+    count = _processes(url) if check is None else 1
     first = list(islice(chunks, 1))
     if not first or count == 1:
         for chunk in chain(first, chunks):
-            yield chunk, load(history, chunk)
+            yield chunk, load(history, chunk, check)
         return
     context = get_context("spawn")  # a forked process would hold the connections of the others open
     with ExitStack() as workers:

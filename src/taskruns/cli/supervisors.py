@@ -70,7 +70,7 @@ def _wire(known: Supervisor, state: str) -> dict[str, Any]:
 
 def _row(known: Supervisor, state: str) -> Sequence[Text]:
     return (
-        Text(printable(str(known))),
+        Text(printable(str(known.process))),
         Text(printable(known.source)),
         Text(state, style=_STYLES[state]),
         Text(str(known.active_runs)),

@@ -5,22 +5,27 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
+from taskruns.bulk import Row
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.lines import MAX_LINE, Rejects, refuse_same_file
 from taskruns.cli.loading import Chunk, Loaded, load_all
 from taskruns.cli.output import printable
+from taskruns.cli.progress import Bar, progress
 from taskruns.cli.task_id import TaskId
 from taskruns.history import TaskRunHistory
-from taskruns.model import TaskRun
+from taskruns.model import TaskPhase, TaskRun
+from taskruns.retention import Retention
+from taskruns.times import parse_time
 
 _AT_ONCE = 500
 """Runs that are written at a time."""
@@ -52,9 +57,6 @@ _CSV = (
     "sourceAttempt",
 )
 
-Advance = Callable[[int, int], None]
-"""Tells the progress bar how many runs are done, and how many bytes."""
-
 
 @click.command("export")
 @click.option("--csv", "as_csv", is_flag=True, help="Write CSV with a header instead.")
@@ -74,13 +76,13 @@ def export_command(as_csv: bool, output: Path | None, task: str | None) -> int:
         if task is not None and not first:
             complain(f"no run of {printable(task)}")
             return 1
-        with _target(output) as file, _progress(hidden=on_terminal) as advance:
+        with _target(output) as file, progress(hidden=on_terminal) as bar:
             if as_csv:
                 file.write(f"{','.join(_CSV)}\n".encode())
             portion = first + list(islice(runs, _AT_ONCE - 1))
             while portion:
                 file.write("".join(map(line_of, portion)).encode())
-                advance(len(portion), 0)
+                bar.advance(len(portion))
                 portion = list(islice(runs, _AT_ONCE))
             file.flush()
     return 0
@@ -134,12 +136,15 @@ def _csv_value(value: object) -> str:
 @click.option(
     "--rejects", type=click.Path(path_type=Path), metavar="FILE", help="Where to keep lines that are rejected."
 )
+@click.option("--yes", is_flag=True, help="Do not ask about runs that are old enough to be deleted again.")
 @db_option
-def import_command(file: str, rejects: Path | None) -> int:
+def import_command(file: str, rejects: Path | None, yes: bool) -> int:
     """Add the runs in FILE, or from standard input (-): JSON lines, as `taskruns export` writes them.
 
     A run that is there already is skipped; if it is not the same, or a line is no run, the line is rejected, and the
     exit status is 1. Of different lines for one run, one is kept. Stopped on its way, it may be started again.
+
+    The default database deletes old runs by itself: at the first run that would be, it asks whether to go on.
     """
     refuse_same_file(file, rejects)
     found = database()
@@ -155,11 +160,14 @@ def import_command(file: str, rejects: Path | None) -> int:
         done = _Done(kept)
         opened.callback(done.report)
         status = os.fstat(source.fileno())
-        advance = opened.enter_context(_progress(status.st_size if stat.S_ISREG(status.st_mode) else None))
-        loading = opened.enter_context(closing(load_all(history, url, _chunks(source, most, kept))))
+        bar = opened.enter_context(progress(status.st_size if stat.S_ISREG(status.st_mode) else None))
+        check = None
+        if found.retention is not None and not yes:
+            check = _AgeCheck(found.retention, bar, can_ask=file != "-").check
+        loading = opened.enter_context(closing(load_all(history, url, _chunks(source, most, kept), check)))
         for chunk, loaded in loading:
             done.take(chunk, loaded)
-            advance(len(chunk.lines), chunk.size)
+            bar.advance(len(chunk.lines), chunk.size)
     return 1 if kept.count else 0
 
 
@@ -195,6 +203,39 @@ def _chunks(source: BinaryIO, most: int, rejects: Rejects) -> Iterator[Chunk]:
     yield Chunk(lines, size)
 
 
+class _AgeCheck:
+    """Stops at the first run that the policy of its new database would delete, and asks whether to go on."""
+
+    def __init__(self, retention: Retention, bar: Bar, *, can_ask: bool) -> None:
+        self._cutoffs = retention.cutoffs(datetime.now(UTC))
+        self._bar = bar
+        self._can_ask = can_ask and all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+        self._is_over = False
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Look at rows that are about to be added.
+
+        Raises:
+            ClickException: there is such a run, and nobody to ask.
+            Abort: the answer is no.
+        """
+        old = None if self._is_over else next(filter(self._is_old, rows), None)
+        if old is None:
+            return
+        self._is_over = True
+        said = (
+            f"attempt {old[1]} of {printable(old[0])} ended at {old[4]}: the default database deletes runs of that age"
+        )
+        if not self._can_ask:
+            raise click.ClickException(f"{said} (--yes adds them all the same)")
+        with self._bar.aside():
+            complain(said)
+            click.confirm("Add such runs all the same?", abort=True, err=True)
+
+    def _is_old(self, row: Row) -> bool:
+        return row[4] is not None and self._cutoffs.is_old(TaskPhase(row[2]), parse_time(row[4]))
+
+
 class _Done:
     """What became of the lines so far."""
 
@@ -228,26 +269,3 @@ def _rest_of_line(source: BinaryIO) -> Iterator[bytes]:
         yield piece
         if piece.endswith(b"\n"):
             return
-
-
-@contextmanager
-def _progress(total: int | None = None, *, hidden: bool = False) -> Iterator[Advance]:
-    """Show a bar on a terminal, to the end of ``total`` bytes if that is known."""
-    if hidden or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda _runs, _size: None
-        return
-    from rich.console import Console  # noqa: PLC0415  (only for a person who watches)
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    rest = [] if total is None else [TimeRemainingColumn()]
-    shown = TextColumn("{task.fields[runs]} runs")
-    with Progress(BarColumn(), shown, TimeElapsedColumn(), *rest, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, runs=0)
-        runs = 0
-
-        def advance(more: int, size: int) -> None:
-            nonlocal runs
-            runs += more
-            progress.update(task, advance=size, runs=runs)
-
-        yield advance
