@@ -73,7 +73,6 @@ class Histories:
     def close(self) -> None:
         busy = [cast(Any, history)._engine.pool.checkedout() for history in self._connected]
         for history in self._connected:
-            history._supervision.begin_anew()  # or it would beat on, into the database of another test
             history.dispose()
         # A connection of aiosqlite that could not be opened, or was cut, ends by itself: before its event loop does.
         for thread in threading.enumerate():

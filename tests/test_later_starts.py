@@ -1,6 +1,7 @@
 """A later start by the same supervisor closes its earlier active runs of the task, and no others."""
 
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any

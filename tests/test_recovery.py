@@ -270,8 +270,7 @@ def test_real_close_wins_every_race_against_recovery(database: str, count: int) 
                 run = history.get_run("job", attempt)
                 assert run is not None
                 supervisor = next(found for found in history.supervisors() if found.id == number)
-                why = f"supervisor {supervisor} last seen {rfc3339(supervisor.heartbeat_at)}"
-                loss = recovery.Loss(recovery._ended(run, supervisor.heartbeat_at, why), supervisor)
+                loss = recovery.Loss(recovery.ended(run, GONE, supervisor.heartbeat_at), supervisor)
                 together.wait(60)
                 with engine.transaction(connection):
                     recovered.extend(run.attempt for run in recovery.close(connection, [loss]))

@@ -328,7 +328,6 @@ assert os.waitpid(child, 0)[1] == 0, "it beats on"
 """
 
 
-@pytest.mark.xfail(strict=True, reason="a forked child keeps the streams of its parent")
 @pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
 def test_forked_child_does_not_beat_for_a_stream_of_its_parent(sqlite: str) -> None:
     done = subprocess.run(

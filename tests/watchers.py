@@ -44,7 +44,7 @@ def connected(url: str) -> Iterator[Connection]:
 
 
 def _now(connection: Connection) -> datetime:
-    now: datetime = connection.execute(select(statements.now(connection.dialect.name))).scalar_one()
+    now: datetime = connection.execute(select(statements.clock(connection.dialect.name))).scalar_one()
     connection.commit()
     return now
 
