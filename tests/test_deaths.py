@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -219,12 +219,14 @@ class Victims:
         ingest.stdin.flush()
         return ingest
 
-    def kill(self, *, what: str) -> None:
-        """Start some, and kill them after a while, as ``kill -9`` does."""
+    def kill(self, *, what: str, is_up: Callable[[], bool] | None) -> None:
+        """Start some, and kill them after a while, as ``kill -9`` does; ``is_up`` is waited for before."""
         started = [self.ingest()] if what == "ingest" else [self.record()] if what == "record" else [self.exec()]
         if what == "all":
             started += [self.record(), self.ingest()]
-        time.sleep(self._chance.uniform(0.2, 1.2))
+        if is_up is not None:
+            until(is_up, "a run is recorded")
+        time.sleep(self._chance.uniform(0, 1) if is_up is None else self._chance.uniform(0, 0.3))
         if what in ("child", "all"):
             for child in self._children(started[0].pid):
                 with suppress(ProcessLookupError):
@@ -258,7 +260,11 @@ def test_no_kill_leaves_an_active_run_and_no_living_run_is_closed(home: Home, da
     ):
         assert witness.line() == "open"
         for number in range(count):
-            victims.kill(what=("exec", "child", "record", "ingest", "all")[number % 5])
+            before = len(list(history.all_runs()))
+            victims.kill(
+                what=("exec", "child", "record", "ingest", "all")[number % 5],
+                is_up=None if number % 3 == 0 else lambda: len(list(history.all_runs())) > before,  # noqa: B023
+            )
             finished = {(run.task_id, run.attempt): run for run in history.all_runs() if not run.is_active}
             closed = history.recover()
             recovered += len(closed)
