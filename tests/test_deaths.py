@@ -287,18 +287,25 @@ def test_no_kill_leaves_an_active_run_and_no_living_run_is_closed(home: Home, da
     assert ends == [("succeeded", False)]
 
 
-@pytest.mark.soak
+SMALL, LARGE = (2, 0.2, 0.2, 60.0), (16, 5, 4, 2.0)
+"""Processes, the seconds of a run, those between two runs, and the limit of silence."""
+
+
 @pytest.mark.parametrize("shift", [3600, -3600])
-def test_no_living_run_is_recovered_whatever_the_clocks_say(database: str, shift: int) -> None:
-    with Watcher("recover", database, 2.0, shift) as judge:
-        shifts = [0, 3600, -3600, 0]
-        living = [Watcher("live", database, number, 5, 4, shifts[number % 4]) for number in range(16)]
-        for watcher in living:
-            assert watcher.rest() == []
+@pytest.mark.parametrize(
+    ("count", "seconds", "idle", "limit"),
+    [pytest.param(*SMALL, id="small"), pytest.param(*LARGE, id="large", marks=pytest.mark.soak)],
+)
+def test_no_living_run_is_recovered_whatever_the_clocks_say(
+    database: str, count: int, seconds: float, idle: float, limit: float, shift: int
+) -> None:
+    shifts = [0, 3600, -3600, 0]
+    with Watcher("recover", database, limit, shift) as judge:
+        living = [Watcher("live", database, number, seconds, idle, shifts[number % 4]) for number in range(count)]
+        assert [watcher.rest() for watcher in living] == [[]] * count
         times, *closed = judge.rest()[0].split()
     print(f"clock shifted by {shift} s: judged {times} times, {len(closed)} runs of the living recovered {closed}")
     with TaskRunHistory.connect(database) as history:
-        ends = {(run.phase, run.recovered) for run in history.all_runs()}
-        count = sum(1 for _ in history.all_runs())
+        ends = [(run.phase, run.recovered) for run in history.all_runs()]
     assert closed == []
-    assert (count, ends) == (32, {("succeeded", False)})
+    assert ends == [("succeeded", False)] * 2 * count
