@@ -67,10 +67,13 @@ def test_runs_of_two_histories_overlap(database: str, histories: Histories) -> N
 
 def test_recorded_code_overlaps_in_threads(database: str) -> None:
     together = threading.Barrier(4)
+    active: list[int] = []
     with TaskRunHistory.connect(database) as history:
 
         @history.record("job")
         def work() -> None:
+            together.wait(30)
+            active.append(len(history.active_runs("job")))
             together.wait(30)
 
         threads = [threading.Thread(target=work) for _ in range(4)]
@@ -79,16 +82,18 @@ def test_recorded_code_overlaps_in_threads(database: str) -> None:
         for thread in threads:
             thread.join(60)
         runs = list(history.iter_runs("job"))
+    assert active == [4] * 4
     assert [(run.phase, run.recovered) for run in runs] == [("succeeded", False)] * 4
 
 
-def test_start_by_hand_leaves_recorded_code_alone(sqlite: str) -> None:
-    with TaskRunHistory.connect(sqlite) as history:
+def test_recorded_code_is_left_alone_by_what_starts_inside(database: str) -> None:
+    with TaskRunHistory.connect(database) as history:
         with history.record("job"):
-            run = history.open_run("job")
+            with history.record("job"):
+                assert len(history.active_runs("job")) == 2
+            history.open_run("job")
             assert len(history.active_runs("job")) == 2
-        succeed(history, run)
-        assert {(run.phase, run.recovered) for run in history.iter_runs("job")} == {("succeeded", False)}
+        assert [run.phase for run in history.iter_runs("job")] == ["running", "succeeded", "succeeded"]
 
 
 def test_later_start_in_one_transaction_closes_the_earlier_run(history: TaskRunHistory) -> None:

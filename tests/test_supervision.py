@@ -341,12 +341,18 @@ def test_asyncio_has_a_heart_while_something_is_recorded(database: str, source: 
         async with AsyncTaskRunHistory.connect(database, source=source, heartbeat=QUICK) as history:
             assert hearts(history) == []
 
+            together = asyncio.Barrier(5)
+            active: list[int] = []
+
             async def job() -> None:
                 async with history.record("job"):
                     (first,) = await asyncio.to_thread(known, database, source)
                     while (await asyncio.to_thread(known, database, source))[0].heartbeat_at == first.heartbeat_at:
                         assert len(hearts(history)) == 1
                         await asyncio.sleep(0.01)
+                    await together.wait()
+                    active.append(len(await history.active_runs("job")))
+                    await together.wait()
 
             await asyncio.gather(*(job() for _ in range(5)))
             for heart in hearts(history):
@@ -354,7 +360,7 @@ def test_asyncio_has_a_heart_while_something_is_recorded(database: str, source: 
             assert hearts(history) == []
             runs = [run async for run in history.iter_runs("job")]
         assert {(run.phase, run.recovered) for run in runs} == {("succeeded", False)}
-        assert len(runs) == 5
+        assert active == [5] * 5
 
     asyncio.run(main())
 
