@@ -10,7 +10,7 @@ from histories import Histories
 from hypothesis import HealthCheck, settings
 from servers import KINDS, Databases, available
 
-from taskruns import TaskRunHistory
+from taskruns import TaskRunHistory, supervision
 
 settings.register_profile(
     "taskruns",
@@ -33,6 +33,7 @@ def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
 def reclaimed(databases: Databases) -> Iterator[None]:
     """Have databases that a test has borrowed emptied for the next one."""
     yield
+    supervision._be_born()  # or who has left a run active would go on beating, in the database of another test
     databases.reclaim()
 
 

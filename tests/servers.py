@@ -240,7 +240,8 @@ class Databases:
             shutil.copy(template, copy)
             return f"sqlite:///{copy}"
         with self._owners[kind].connect() as connection:
-            connection.execute(text("DELETE FROM task_runs"))
+            for table in ("task_runs", "supervisors"):
+                connection.execute(text(f"DELETE FROM {table}"))
         return self._migrated[kind]
 
     @staticmethod
