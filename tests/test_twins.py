@@ -37,7 +37,7 @@ def test_twins_have_the_same_parameters(sync: type, twin: type) -> None:
 
 @pytest.mark.parametrize(("sync", "twin"), TWINS)
 def test_what_talks_to_the_database_is_awaited(sync: type, twin: type) -> None:
-    plain = {"connect", "record"}
+    plain = {"connect", "record", "spool"}
     for name, method in public(twin).items():
         function = inspect.unwrap(getattr(method, "__func__", method))
         is_asynchronous = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)

@@ -30,6 +30,7 @@ from taskruns.replay import Replayed, replay
 from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retention import Retention, is_turn
 from taskruns.retrying import OnRetry, Retry
+from taskruns.spool import Spool
 from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
 from taskruns.timeline import Effect
@@ -232,14 +233,15 @@ class AsyncTaskRunHistory:
             await self.upgrade()
 
     @asynccontextmanager
-    async def begin(self, *, lock: str | None = None) -> AsyncIterator[AsyncTaskRunRepository]:
+    async def begin(self, *, lock: str | None = None, brief: bool = False) -> AsyncIterator[AsyncTaskRunRepository]:
         """Make one transaction of several calls: see :meth:`taskruns.TaskRunHistory.begin`."""
+        if not brief:
+            await self._register()
         async with self._engine.connect() as connection:
             await self._require_current(connection)
             transaction = await connection.run_sync(lambda connection: engine.transaction(connection, lock=lock))
             await connection.run_sync(lambda _: transaction.__enter__())
-            watch = Watch(self._supervision)
-            try:
+            with Watch(self._supervision, is_brief=brief) as watch:
                 try:
                     yield AsyncTaskRunRepository(connection, source=self.source, watch=watch)
                 except BaseException as error:
@@ -247,10 +249,6 @@ class AsyncTaskRunHistory:
                     await connection.run_sync(lambda _: transaction.__exit__(type(cause), cause, cause.__traceback__))
                     raise
                 await connection.run_sync(lambda _: transaction.__exit__(None, None, None))
-            except BaseException:
-                watch.undone()
-                raise
-            watch.committed()
 
     async def open_run(
         self,
@@ -278,6 +276,8 @@ class AsyncTaskRunHistory:
     async def _register(self) -> None:
         if self._supervision.is_new:
             await self._call(lambda connection, _lost: self._supervision.register(connection))
+        elif self._supervision.is_due:
+            await self._call(lambda connection, _lost: self._supervision.attend(connection))
 
     async def close_run(
         self,
@@ -331,13 +331,19 @@ class AsyncTaskRunHistory:
         dry_run: bool = False,
     ) -> list[TaskRun]:
         """Close the active runs whose supervisor is dead, and return them: see :meth:`TaskRunHistory.recover`."""
-        limits = {"stale_after": stale_after, "unsupervised_after": unsupervised_after}
         if dry_run:
-            return await self._ask(lambda runs: runs.recover(dry_run=True, **limits))
+            return await self._ask(
+                lambda runs: runs.recover(stale_after=stale_after, unsupervised_after=unsupervised_after, dry_run=True)
+            )
         closed: list[TaskRun] = []  # outside, as a second try does not find what the first has closed
-        await self._call(
-            lambda connection, _lost: closed.extend(recovery.recover(connection, Process.here(), **limits))
-        )
+
+        def close(connection: Connection, _lost: bool) -> None:  # noqa: FBT001  (as in Operation)
+            here = Process.here()
+            closed.extend(
+                recovery.recover(connection, here, stale_after=stale_after, unsupervised_after=unsupervised_after)
+            )
+
+        await self._call(close)
         return closed
 
     async def supervisors(self) -> list[Supervisor]:
@@ -350,6 +356,8 @@ class AsyncTaskRunHistory:
         """Write what is kept in the spool of this database: see :meth:`taskruns.TaskRunHistory.replay`."""
 
         def replay_beside() -> Replayed:
+            if stream is not None:
+                self._supervision.hold()  # which of its runs are active is for the events to tell
             own = engine.create(self.url)
             try:
                 return replay(own, self.url, supervision=self._supervision, stream=stream, seconds=seconds, wait=wait)
@@ -357,6 +365,10 @@ class AsyncTaskRunHistory:
                 own.dispose()
 
         return await asyncio.to_thread(replay_beside)
+
+    def spool(self) -> Spool:
+        """Return what keeps that which cannot be written here. Not awaited; what it does waits for the disk."""
+        return Spool(self.url, lambda: self._supervision.own_number)
 
     async def prune(
         self,
@@ -463,14 +475,18 @@ class AsyncTaskRunHistory:
             return handle
 
         async def end(handle: RecordedRun, exception: BaseException | None) -> None:
-            if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
-                with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
-                    outcome = handle.outcome(exception)
-                    handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
-                    return
-            await asyncio.to_thread(self._outage.keep_end, handle, task_id, exception)
-            if handle.run is not None:
-                self._supervision.closed(task_id, handle.run.attempt)
+            is_told = False
+            try:
+                if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
+                    with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                        outcome = handle.outcome(exception)
+                        handle.run = await self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+                        is_told = True
+            finally:
+                if not is_told:
+                    await asyncio.to_thread(self._outage.keep_end, handle, task_id, exception)
+                    if handle.run is not None:
+                        self._supervision.closed(task_id, handle.run.attempt)
 
         return AsyncRecording(begin, end)
 

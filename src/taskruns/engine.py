@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, func, select
+from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, func, literal_column, select
 from sqlalchemy.exc import DBAPIError, SAWarning
 
-from taskruns.url import ASYNC_DRIVERS, DRIVERS, EXTRAS, is_file, parse_url
+from taskruns.url import ASYNC_DRIVERS, DRIVERS, EXTRAS, is_file, is_in_memory, parse_url
 
 LOCK_TIMEOUT = 30.0
 """Seconds that a writer waits for another one, unless the URL says otherwise."""
@@ -72,7 +72,7 @@ def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[st
         if read_only and str(url.database).startswith("file:") and ":memory:" not in str(url.database):
             query.setdefault("mode", "ro")
         options: dict[str, Any] = {"url": url.set(query=query), "connect_args": arguments}
-        if url.database in (None, "", ":memory:"):
+        if is_in_memory(url):
             # One database for all threads, which otherwise had one each.
             options["poolclass"] = StaticPool
             if url.get_driver_name() == "pysqlite":
@@ -269,8 +269,8 @@ def transaction(connection: Connection, *, lock: str | None = None) -> Iterator[
     if name is not None:
         # Around the transaction: released inside it, the next holder would not see what it wrote.
         with connection.begin():
-            if connection.scalar(select(func.get_lock(name, LOCK_TIMEOUT))) != 1:
-                raise TimeoutError(f"the lock of task {lock!r} was not free within {LOCK_TIMEOUT:.0f} s")
+            if connection.scalar(select(func.get_lock(name, literal_column("@@lock_wait_timeout")))) != 1:
+                raise TimeoutError(f"another transaction kept the lock of task {lock!r}")
     try:
         with connection.begin():
             yield

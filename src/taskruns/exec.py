@@ -162,8 +162,8 @@ def _sleep(seconds: float, signals: Signals) -> bool:
 _SILENCE = "the database does not answer"
 _LOST = "this run will not be recorded, the command runs all the same"
 
-REPLAY_FOR = 1.0
-"""Seconds for which a wrapper replays what others could not write, once its command has started."""
+HOUSE_SHARE = 0.2
+"""The part of ``PATIENCE`` for which a wrapper, when all is recorded, goes on with what it does for others."""
 
 
 def _patience() -> float:
@@ -180,18 +180,19 @@ class _Recorder:
         self._history = self._spool = self._failure = None
         try:
             self._history = connect(self._note)
-            self._spool = Spool(self._history.url)
+            self._spool = self._history.spool()
         except Exception as error:  # noqa: BLE001  (whatever it is, the command goes on)
             self._failure = cause_of(error)
         self._trouble: str | None = None
         self._signals = signals
         self._listener = listener
         self._spent = 0.0
-        self._is_said = False
+        self._is_said = self._has_begun = False
 
     def open(self, plan: Plan, submission: str | None, source_attempt: int | None) -> "_Record":
         """Begin to record an attempt, and wait a while for its number."""
         record = _Record(plan, submission, source_attempt, self._history, self._spool, self._signals.wake)
+        record.is_first, self._has_begun = not self._has_begun, True
         if self._history is None:
             self._warn(f"{_LOST}: {self._failure}")
             return record
@@ -216,6 +217,8 @@ class _Recorder:
         if not record.is_written:
             record.keep_end()
             self._warn_of(record)
+        elif record.house is not None:
+            self._wait(record.house, HOUSE_SHARE, lambda: False, stop_early=True)
 
     def _warn_of(self, record: "_Record") -> None:
         """Say that the database does not have a run, once in an outage: that others have kept runs tells of it."""
@@ -288,6 +291,10 @@ class _Record:
         """Why the run is not recorded."""
         self.is_written = False
         """Whether the outcome is stored."""
+        self.is_first = True
+        """Whether the command runs for the first time."""
+        self.house: threading.Event | None = None
+        """Whether all is done that is done for others; None if nothing is."""
         self.not_kept: str | None = None
         """Why what could not be written could not be kept either."""
 
@@ -346,7 +353,9 @@ class _Record:
         self.is_open.set()
         self._wake()
         if self.overlaps is None:
-            self._keep_house()
+            if self.run is not None:
+                self.house = threading.Event()
+                threading.Thread(target=self._keep_house, args=(self.run, self.house), daemon=True).start()
             self._has_ended.wait()
             self._attempt(self._close)
         self.is_done.set()
@@ -363,15 +372,18 @@ class _Record:
         else:
             self.failure = None
 
-    def _keep_house(self) -> None:
-        """Do what a history needs now and then, while the command runs."""
-        if self.run is None or self._history is None:
-            return
-        with suppress(Exception), self._history as history:
-            history.recover(stale_after=None)
-            history.replay(seconds=REPLAY_FOR)
-            if is_turn(self.run.attempt):
-                history.tidy(self.run.task_id)
+    def _keep_house(self, run: TaskRun, done: threading.Event) -> None:
+        """Do what a history needs now and then, beside the command: in a thread which nobody has to wait for."""
+        with suppress(Exception):
+            assert self._history is not None  # noqa: S101  (for mypy: there is a run)
+            with self._history as history:
+                if self.is_first:
+                    history.recover(stale_after=None)
+                    history.replay(seconds=PATIENCE * HOUSE_SHARE)
+                if is_turn(run.attempt):
+                    history.tidy(run.task_id)
+        done.set()
+        self._wake()
 
     def _open(self, history: TaskRunHistory) -> None:
         history.prepare()
@@ -384,7 +396,7 @@ class _Record:
                 self._kept = None
 
     def _open_once(self, history: TaskRunHistory) -> TaskRun | None:
-        with history.begin(lock=self._plan.task_id) as runs:
+        with history.begin(lock=self._plan.task_id, brief=True) as runs:
             self._starts_now()  # now that nobody is waited for any more
             if self._plan.no_overlap and not self._is_repeated:
                 active = runs.active_runs(self._plan.task_id)

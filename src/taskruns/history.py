@@ -24,6 +24,7 @@ from taskruns.replay import Replayed, replay
 from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retention import Retention, is_turn
 from taskruns.retrying import OnRetry, Retry
+from taskruns.spool import Spool
 from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
 from taskruns.timeline import Effect
@@ -140,21 +141,22 @@ class TaskRunHistory:
             self.upgrade()
 
     @contextmanager
-    def begin(self, *, lock: str | None = None) -> Iterator[TaskRunRepository]:
+    def begin(self, *, lock: str | None = None, brief: bool = False) -> Iterator[TaskRunRepository]:
         """Make one transaction of several calls, committed at the end or rolled back by an exception.
 
-        ``lock`` names a task whose runs no other transaction with this lock may open meanwhile.
+        Args:
+            lock: A task whose runs no other transaction with this lock may open meanwhile.
+            brief: It lasts no longer than a moment. The history is registered by it, and not before it.
         """
+        if not brief:
+            self._register()
         with self._engine.connect() as connection:
             self._require_current(connection)
-            watch = Watch(self._supervision)
-            try:
-                with engine.transaction(connection, lock=lock):
-                    yield TaskRunRepository(connection, source=self.source, watch=watch)
-            except BaseException:
-                watch.undone()
-                raise
-            watch.committed()
+            with (
+                Watch(self._supervision, is_brief=brief) as watch,
+                engine.transaction(connection, lock=lock),
+            ):
+                yield TaskRunRepository(connection, source=self.source, watch=watch)
 
     def open_run(
         self,
@@ -184,8 +186,11 @@ class TaskRunHistory:
         )
 
     def _register(self) -> None:
+        """Register, or beat, if that is due."""
         if self._supervision.is_new:
             self._call(lambda connection, _lost: self._supervision.register(connection))
+        elif self._supervision.is_due:
+            self._call(lambda connection, _lost: self._supervision.attend(connection))
 
     def close_run(
         self,
@@ -254,11 +259,19 @@ class TaskRunHistory:
                 were written by SQL, imported, or opened in a transaction of a host's own.
             dry_run: Only return what would be closed.
         """
-        limits = {"stale_after": stale_after, "unsupervised_after": unsupervised_after}
         if dry_run:
-            return self._ask(lambda runs: runs.recover(dry_run=True, **limits))
+            return self._ask(
+                lambda runs: runs.recover(stale_after=stale_after, unsupervised_after=unsupervised_after, dry_run=True)
+            )
         closed: list[TaskRun] = []  # outside, as a second try does not find what the first has closed
-        self._call(lambda connection, _lost: closed.extend(recovery.recover(connection, Process.here(), **limits)))
+
+        def close(connection: Connection, _lost: bool) -> None:  # noqa: FBT001  (as in Operation)
+            here = Process.here()
+            closed.extend(
+                recovery.recover(connection, here, stale_after=stale_after, unsupervised_after=unsupervised_after)
+            )
+
+        self._call(close)
         return closed
 
     def supervisors(self) -> list[Supervisor]:
@@ -280,7 +293,13 @@ class TaskRunHistory:
             OSError: the files cannot be used.
         """
         supervision = self._supervision
+        if stream is not None:
+            supervision.hold()  # which of its runs are active is for the events to tell
         return replay(self._engine, self.url, supervision=supervision, stream=stream, seconds=seconds, wait=wait)
+
+    def spool(self) -> Spool:
+        """Return what keeps that which cannot be written here."""
+        return Spool(self.url, lambda: self._supervision.own_number)
 
     def prune(
         self,
@@ -409,14 +428,18 @@ class TaskRunHistory:
             return handle
 
         def end(handle: RecordedRun, exception: BaseException | None) -> None:
-            if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
-                with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
-                    outcome = handle.outcome(exception)
-                    handle.run = self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
-                    return
-            self._outage.keep_end(handle, task_id, exception)
-            if handle.run is not None:
-                self._supervision.closed(task_id, handle.run.attempt)
+            is_told = False
+            try:
+                if handle.run is not None and (on_error == "raise" or not self._outage.is_on):
+                    with self._outage.tolerated(task_id, "warn" if exception is not None else on_error):
+                        outcome = handle.outcome(exception)
+                        handle.run = self.close_run(handle.run.task_id, handle.run.attempt, **outcome)
+                        is_told = True
+            finally:
+                if not is_told:
+                    self._outage.keep_end(handle, task_id, exception)
+                    if handle.run is not None:
+                        self._supervision.closed(task_id, handle.run.attempt)
 
         return Recording(begin, end)
 

@@ -77,6 +77,7 @@ class Pruning:
         self._is_single = task is not None and not any(mark in task for mark in "*?[")
         self._place = _Place(task, MAX_ATTEMPT + 1) if self._is_single else _Place()
         self._cutoffs: Cutoffs | None = None
+        self._idle: set[str] = set()  # of this step
 
     def step(self, connection: Connection, _lost: bool) -> None:  # noqa: FBT001  (as a history calls it)
         """Look at the next runs. It may be repeated where it has failed: nothing is remembered before the end."""
@@ -85,13 +86,15 @@ class Pruning:
         before = self._cutoffs.latest
         page = self._page(connection) if before is not None else []
         place = replace(self._place)
-        due = self._judge(place, page, self._idle_tasks(connection, page)) if page else _left(place)
+        self._idle = {place.task_id} if place.is_idle and place.task_id is not None else set()
+        self._idle |= self._idle_tasks(connection, page) if page else set()
+        due = self._judge(place, page, self._idle) if page else _left(place)
         self.pause = 0.0
         if due and not self._dry_run:
             began = time.monotonic()
             connection.rollback()
             with engine.transaction(connection):
-                self.count += _delete(connection, due, before)
+                self.count += _delete(connection, self._unless_woken(connection, place, due), before)
             # Whoever waits for the lock of an SQLite file only asks now and then, ten times a second in the end: it has
             # to be free most of the time, even if there are two passes.
             self.pause = _REST * (time.monotonic() - began) if connection.dialect.name == "sqlite" else 0.0
@@ -99,6 +102,14 @@ class Pruning:
             self.count += len(due)
         self._place = place
         self.is_done = not page
+
+    def _unless_woken(self, connection: Connection, place: _Place, due: list[Key]) -> list[Key]:
+        """Return what is due without the runs of tasks that were idle and are not any more: the next pass judges."""
+        assert self._cutoffs is not None  # noqa: S101  (for mypy)
+        woken = self._idle - _idle(connection, self._idle, self._cutoffs)
+        if place.task_id in woken:
+            place.attempt, place.last = 0, None  # on to the next task
+        return [key for key in due if key[0] not in woken]
 
     def _page(self, connection: Connection) -> Sequence[Any]:
         place, page = self._place, list[Any]()
@@ -188,7 +199,7 @@ def tidy(connection: Connection, retention: Retention, task_id: str) -> int:
     connection.rollback()
     with engine.transaction(connection):
         count = _delete(connection, keys, before) if keys else 0
-        if idle:
+        if idle := sorted(_idle(connection, idle, cutoffs)):  # as it is now
             whole = [{"of_task": task, "before": cutoffs.idle} for task in idle]
             count += connection.execute(statements.delete_runs(), whole).rowcount
     return count

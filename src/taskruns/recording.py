@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 import logging
-import math
 import threading
 import time
 import traceback
@@ -33,6 +32,9 @@ PAUSE = 30.0
 
 REPLAY_FOR = 5.0
 """Seconds of one go."""
+
+LOOK = 300.0
+"""Seconds between two looks at whether others have left something in the spool."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -163,12 +165,13 @@ class Outage:
         try:
             yield
         except Exception as error:
-            if on_error == "raise":
-                raise
-            if isinstance(error, SQLAlchemyError | SchemaVersionError | OSError):
+            is_outage = isinstance(error, SQLAlchemyError | SchemaVersionError | OSError)
+            if is_outage:
                 self._until = time.monotonic() + PAUSE
                 self._cause = cause_of(error)
-            else:
+            if on_error == "raise":
+                raise
+            if not is_outage:
                 _log.warning("a run of task %r is not recorded as it should be: %s", task_id, error)
         else:
             self._until = 0.0
@@ -223,7 +226,7 @@ class Outage:
         if self._url is None or is_busy or time.monotonic() < self._replay_at:
             return
         if not spool.files(self._url):
-            self._replay_at = math.inf
+            self._replay_at = time.monotonic() + LOOK
             return
         self._replay_at = time.monotonic() + PAUSE
         self._replaying = threading.Thread(target=replay_quietly, args=(self._url,), daemon=True)

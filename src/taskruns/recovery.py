@@ -82,26 +82,43 @@ def ended(run: TaskRun, watcher: Process | None, last_seen: datetime) -> TaskRun
     return replace(lost, recovered=True)
 
 
-def remember(connection: Connection, number: int, source: str, process: Process, seen: datetime) -> None:
-    """Register a process as it was last seen, in the caller's transaction, unless it is registered."""
+def remember(connection: Connection, number: int, source: str, process: Process) -> None:
+    """Register a supervisor for its process, in the caller's transaction, unless it is registered."""
     if connection.execute(statements.get_supervisor(), {"watcher": number}).first() is None:
-        values = {name: getattr(process, name) for name in ("host", "boot_id", "pid_namespace", "pid")}
-        times = {"process_started": process.started, "started_at": seen, "heartbeat_at": seen}
-        connection.execute(statements.add_supervisor(), {"id": number, "source": source} | values | times)
+        connection.execute(statements.beat(connection.dialect.name), supervisor_values(number, source, process))
+
+
+def supervisor_values(number: int, source: str, process: Process) -> dict[str, Any]:
+    """Return the parameters of ``statements.beat``."""
+    return {
+        "id": number,
+        "source": source,
+        "host": process.host,
+        "boot_id": process.boot_id,
+        "pid_namespace": process.pid_namespace,
+        "pid": process.pid,
+        "process_started": process.started,
+    }
 
 
 def close(connection: Connection, losses: Iterable[Loss]) -> list[TaskRun]:
-    """Close runs in the caller's transaction; return those that were still active and without a sign of life."""
+    """Close runs in the caller's transaction; return those that were still active and without a sign of life.
+
+    Who holds a run's lock is about to tell of it: nobody waits for that.
+    """
     return [loss.run for loss in losses if _close(connection, loss)]
 
 
 def _close(connection: Connection, loss: Loss) -> bool:
     run, supervisor = loss.run, loss.supervisor
-    values = key_of(run.task_id, run.attempt) | {"end": run.finished_at, "why": run.error}
+    key = key_of(run.task_id, run.attempt)
+    if connection.execute(statements.lock_active(), key).first() is None:
+        return False
+    values = key | {"end": run.finished_at, "why": run.error}
     if supervisor is not None:
         values |= {"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at}
-    statement = statements.recover_run(supervised=supervisor is not None)
-    return bool(connection.execute(statement, values).rowcount)
+    watched = statements.Watched.BY_NOBODY if supervisor is None else statements.Watched.BY_THE_DEAD
+    return bool(connection.execute(statements.recover_run(watched), values).rowcount)
 
 
 def recover(
@@ -110,28 +127,29 @@ def recover(
     *,
     stale_after: float | None = STALE_AFTER,
     unsupervised_after: float | None = None,
+    is_brief: bool = False,
 ) -> Iterator[TaskRun]:
-    """Close the runs that are lost, and remove dead supervisors, in transactions of its own; yield these runs."""
+    """Close the runs that are lost, and remove dead supervisors, in transactions of its own; yield these runs.
+
+    ``is_brief``: only as many as one transaction takes.
+    """
     losses = find_losses(connection, here, stale_after=stale_after, unsupervised_after=unsupervised_after)
     connection.commit()
-    for runs in _portions(losses.runs):
+    for runs in _portions(losses.runs[:_AT_ONCE] if is_brief else losses.runs):
         with engine.transaction(connection):
             closed = close(connection, runs)
         yield from closed
-    _remove(connection, losses.supervisors)
+    if losses.supervisors:
+        remove_idle(connection, here, stale_after=stale_after)
 
 
-def remove_idle(connection: Connection, here: Process) -> None:
+def remove_idle(connection: Connection, here: Process, *, stale_after: float | None = STALE_AFTER) -> None:
     """Remove the dead supervisors that watch over no run, in transactions of its own."""
-    dead = [known for known in supervisors(connection) if not known.active_runs and known.is_dead(here)]
+    dead = [known for known in supervisors(connection) if not known.active_runs and known.is_dead(here, stale_after)]
     connection.commit()
-    _remove(connection, dead)
-
-
-def _remove(connection: Connection, supervisors: Iterable[Supervisor]) -> None:
-    for dead in _portions(supervisors):
+    for some in _portions(dead):
         with engine.transaction(connection):
-            for supervisor in dead:
+            for supervisor in some:
                 given = {"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at}
                 connection.execute(statements.remove_silent_supervisor(), given)
 

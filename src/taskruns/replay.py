@@ -1,6 +1,5 @@
 """Writes into a database what was kept for it while it was out of use: once, in order, however often it is begun."""
 
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from taskruns import engine as engines, migrate, recovery, spool, statements
 from taskruns.errors import RunClosedError, TaskRunsError
 from taskruns.events import Event
-from taskruns.liveness import ID_BITS, Process
+from taskruns.liveness import Process
 from taskruns.model import MAX_ATTEMPT, Outcome, TaskRun, checked_name, checked_number
 from taskruns.retrying import Retry, cause_of
 from taskruns.stream import Stream
@@ -35,6 +34,9 @@ RETRY_FOR = 5.0
 
 _LINES, _BYTES = 500, 1024 * 1024
 """Most lines, and roughly most bytes, that become one transaction."""
+
+_LINES_OF_RUNS = 50
+"""Most lines between two looks at the clock where each task is a transaction of its own."""
 
 _FAULTS = (DataError, IntegrityError, TaskRunsError, ValueError, TypeError)
 """What a line is to blame for, not the database."""
@@ -196,9 +198,14 @@ class _Replaying:
         self._own = stream
         self._streams: dict[str, Stream] = {} if stream is None else {stream.source: stream}
         self._path = Path()
-        self._owner = Process("", None, None, 0, None)
+        self._owner = _NOBODY
+        self._number: int | None = None
         self._seen = datetime.now(UTC)
         self._is_said = False
+
+    @property
+    def _is_over(self) -> bool:
+        return self._until is not None and time.monotonic() >= self._until
 
     def persist(self, operation: Callable[[Connection], None]) -> None:
         """Do something in the database, and again after a transient error: all that is done here may be done twice."""
@@ -215,12 +222,13 @@ class _Replaying:
     def replay_file(self, path: Path, file: BinaryIO) -> None:
         """Write what is in a file, and remove it when that is done."""
         self._path = path
-        owner = _owner(file.readline())
-        if owner is None:
+        header = _header(file.readline())
+        if header is None:
             _log.warning("%s is no file of this version's spool, and is left", path)
             self._replayed.left.append(path)
             return
-        self._owner, self._seen = owner, datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
+        self._owner, self._number = header
+        self._seen = datetime.fromtimestamp(os.fstat(file.fileno()).st_mtime, UTC)
         # How far the last go came. Before it lines are only read, as the starts among them may have no end.
         progress = path.with_suffix(".done")
         starts: dict[spool.Identity, TaskRun] = {}
@@ -228,7 +236,7 @@ class _Replaying:
             self._write_all(batch)
             with suppress(OSError):  # where the disk is full it is done again
                 progress.write_text(str(position), encoding="ascii")
-            if self._until is not None and time.monotonic() >= self._until:
+            if self._is_over:
                 self._replayed.is_complete = False
                 return
         for run in starts.values():
@@ -258,11 +266,14 @@ class _Replaying:
                     starts[identity] = item.run
             if is_new:
                 batch.append(item)
-                if len(batch) == _LINES or position - first > _BYTES:
+                if len(batch) >= self._most(item) or position - first > _BYTES:
                     yield batch, position
                     batch, first = [], position
         if batch:
             yield batch, position
+
+    def _most(self, item: _Item) -> int:
+        return _LINES if item.run is None or self._engine.dialect.name == "sqlite" else _LINES_OF_RUNS
 
     def _read(self, line: bytes, *, is_new: bool) -> _Item | None:
         try:
@@ -330,10 +341,10 @@ class _Replaying:
         if stream is self._own and self._supervision is not None:
             effects = self._supervision.write(connection, stream, events)
         else:
-            number = int.from_bytes(hashlib.sha256(self._path.name.encode()).digest()) >> (256 - ID_BITS)
-            recovery.remember(connection, number, stream.source, self._owner, self._seen)
-            connection.commit()
-            effects = stream.write(connection, events, number)
+            if self._number is not None:
+                recovery.remember(connection, self._number, stream.source, self._owner)
+                connection.commit()
+            effects = stream.write(connection, events, self._number)
         return [Mark.REJECTED if effect is Effect.FULL else None for effect in effects]
 
     def _abandon(self, connection: Connection, run: TaskRun) -> None:
@@ -378,14 +389,17 @@ def _opened(connection: Connection, run: TaskRun) -> TaskRun:
     return open_start(connection, start) if row is None else run_of(row)
 
 
-def _owner(line: bytes) -> Process | None:
-    """Return the process that the header of a file names; None if it is another kind of file."""
+_NOBODY = Process("", None, None, 0, None)
+
+
+def _header(line: bytes) -> tuple[Process, int | None] | None:
+    """Return the process that a file's header names, and its number as a supervisor; None of another kind of file."""
     if not line.endswith(b"\n"):
-        return Process("", None, None, 0, None)  # torn by a kill: nothing follows
-    with suppress(ValueError, TypeError):
+        return _NOBODY, None  # torn by a kill: nothing follows
+    with suppress(ValueError, TypeError, KeyError):
         header = json.loads(line)
-        if isinstance(header, dict) and header.get("spool") == spool.VERSION:
-            return Process(**header["process"])
+        if header["spool"] == spool.VERSION:
+            return Process(**header["process"]), header["supervisor"]
     return None
 
 

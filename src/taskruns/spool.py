@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -25,7 +25,7 @@ from typing import Any
 from sqlalchemy import URL
 
 from taskruns.liveness import Process
-from taskruns.model import Outcome, TaskPhase, TaskRun
+from taskruns.model import Outcome, TaskPhase, TaskRun, clean_error
 from taskruns.times import rfc3339
 from taskruns.url import hide_password, is_file
 
@@ -106,9 +106,17 @@ def _marker(key: str) -> Path:
 
 
 def _plain(url: URL) -> URL:
-    """Return the URL without what does not change which database it is: the driver, the options of a file."""
-    backend = url.get_backend_name()
-    return url.set(drivername=backend, query={} if is_file(url) else url.query)
+    """Return the URL without what does not change which database it is: driver, user, options, the usual port."""
+    backend = url.get_backend_name().replace("mariadb", "mysql")
+    if backend == "sqlite":
+        return url.set(drivername=backend, query={} if is_file(url) else url.query)
+    place = {name: value for name, value in url.query.items() if name in _PLACES}
+    port = None if url.port == _PORTS.get(backend) else url.port
+    return URL.create(backend, host=url.host, port=port, database=url.database, query=place)
+
+
+_PORTS = {"postgresql": 5432, "mysql": 3306}
+_PLACES = ("host", "port", "dbname", "service", "unix_socket", "options")
 
 
 def _key(plain: URL) -> str:
@@ -152,7 +160,9 @@ class Spool:
     full, or more would exceed ``MAX_FILE`` or ``MAX_ALL``. A forked child keeps files of its own.
     """
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, number: Callable[[], int | None] = lambda: None) -> None:
+        """Keep what is for the database of a URL; ``number`` returns that of the supervisor that this process is."""
+        self._number = number
         self._has_spool = has_spool(url)
         self._key = _key(_plain(url))
         self._database = hide_password(_plain(url))
@@ -214,8 +224,8 @@ class Spool:
         }
         line = _line(run, KINDS[outcome.phase], outcome.finished_at, more)
         with self._mine():
-            is_start_kept = self._starts.pop(identity_of(run), None) is not None
-            self._append(line, is_capped=not is_start_kept)
+            self._append(line, is_capped=identity_of(run) not in self._starts)
+            self._starts.pop(identity_of(run), None)
 
     def add_events(self, source: str, wires: Sequence[Mapping[str, Any]]) -> None:
         """Keep events of a stream, as they were told, each with its ``at``."""
@@ -223,6 +233,8 @@ class Spool:
         for wire in wires:
             told = {name: value for name, value in wire.items() if not isinstance(value, dict | list)}  # unknown keys
             told.pop("startedAt", None)
+            if isinstance(told.get("reason"), str):
+                told["reason"] = clean_error(told["reason"])  # as it would be stored: without passwords
             lines.append(_encoded(told | {"source": source}))
         with self._mine():
             self._append(b"".join(lines))
@@ -265,7 +277,12 @@ class Spool:
             descriptor = self._make()
         begin = os.fstat(descriptor).st_size
         self._header = self._header or _encoded(
-            {"spool": VERSION, "db": self._database, "process": asdict(Process.here())}
+            {
+                "spool": VERSION,
+                "db": self._database,
+                "process": asdict(Process.here()),
+                "supervisor": self._number(),
+            }
         )
         header = self._header if is_new else b""
         try:

@@ -5,6 +5,7 @@ Those of the write path take their values as bound parameters, so each is built 
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
+from enum import Enum, auto
 from functools import cache
 from typing import Any
 
@@ -134,6 +135,15 @@ def refine_run(phase: TaskPhase) -> Update:
     return refining.values(phase=literal(phase, _C.phase.type), error=error, exit_code=exit_code)
 
 
+class Watched(Enum):
+    """How a run is watched over that is to be recovered."""
+
+    BY_NOBODY = auto()
+    BY_A_SUPERVISOR = auto()
+    BY_THE_DEAD = auto()
+    """A supervisor that has not beaten meanwhile."""
+
+
 def clock(dialect: str) -> ColumnElement[datetime]:
     """Return the database's clock, in UTC, as times are stored."""
     clocks = {
@@ -160,12 +170,6 @@ def beat(dialect: str) -> Insert:
 def get_supervisor() -> Select[Any]:
     """Select a supervisor."""
     return select(*_S).where(_S.id == _WATCHER)
-
-
-@cache
-def add_supervisor() -> Insert:
-    """Insert a supervisor with times of its own."""
-    return insert(supervisors)
 
 
 @cache
@@ -198,12 +202,14 @@ _UNMOVED = (_S.id == _WATCHER, _S.heartbeat_at == bindparam("last_beat", type_=_
 
 
 @cache
-def recover_run(*, supervised: bool) -> Update:
-    """Close an active run with an inferred outcome; of a supervisor's only if that has not beaten meanwhile."""
+def recover_run(watched: Watched) -> Update:
+    """Close an active run with an inferred outcome, if it is watched over in this way."""
     end = bindparam("end", type_=_C.finished_at.type)
     recovering = update(_T).where(*_THE_RUN, _C.finished_at.is_(None))
-    if supervised:
-        recovering = recovering.where(_C.supervisor_id == _WATCHER, exists().where(*_UNMOVED))
+    if watched is not Watched.BY_NOBODY:
+        recovering = recovering.where(_C.supervisor_id.is_not_distinct_from(_WATCHER))
+    if watched is Watched.BY_THE_DEAD:
+        recovering = recovering.where(exists().where(*_UNMOVED))
     return recovering.values(
         phase=literal(TaskPhase.FAILED, _C.phase.type),
         finished_at=case((_C.started_at > end, _C.started_at), else_=end),
@@ -212,19 +218,28 @@ def recover_run(*, supervised: bool) -> Update:
     )
 
 
-_WATCHES_NOTHING = not_(exists().where(_C.supervisor_id == _S.id, _C.finished_at.is_(None)))
+@cache
+def lock_active() -> Select[Any]:
+    """Select an active run and lock it; nothing if somebody else has, or it is active no more."""
+    return select(_C.attempt).where(*_THE_RUN, _C.finished_at.is_(None)).with_for_update(skip_locked=True)
+
+
+@cache
+def active_keys() -> Select[Any]:
+    """Select the keys of a supervisor's active runs."""
+    return select(*_KEY).where(_C.finished_at.is_(None), _C.supervisor_id == _WATCHER)
 
 
 @cache
 def remove_supervisor() -> Delete:
-    """Delete a supervisor without active runs."""
-    return delete(supervisors).where(_S.id == _WATCHER, _WATCHES_NOTHING)
+    """Delete a supervisor."""
+    return delete(supervisors).where(_S.id == _WATCHER)
 
 
 @cache
 def remove_silent_supervisor() -> Delete:
     """The same, unless it has beaten meanwhile."""
-    return delete(supervisors).where(*_UNMOVED, _WATCHES_NOTHING)
+    return delete(supervisors).where(*_UNMOVED)
 
 
 @cache

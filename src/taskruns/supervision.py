@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from typing import Self
 
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +26,9 @@ from taskruns.writing import Start, close_alone, open_alone
 
 HEARTBEAT = 10.0
 """Seconds between two heartbeats; those that judge a supervisor by them wait for several."""
+
+MAX_HEARTBEAT = 30.0
+"""The most seconds until the first: whoever judges waits for 60."""
 
 _JITTER = 0.1
 """The part of these by which they vary, so that the processes of a host do not all beat at the same moment."""
@@ -46,8 +50,8 @@ class Supervision:
     """
 
     def __init__(self, url: URL, source: str, interval: float) -> None:
-        if not interval > 0:
-            raise ValueError(f"heartbeat is a number of seconds above 0, not {interval}")
+        if not 0 < interval <= MAX_HEARTBEAT:
+            raise ValueError(f"heartbeat is a number of seconds above 0, up to {MAX_HEARTBEAT:.0f}, not {interval}")
         # Nobody else sees a database in memory, and it ends with the process.
         self._url = None if is_in_memory(url) else url
         self._source = source
@@ -64,9 +68,11 @@ class Supervision:
         self._active: dict[str, dict[int, _Watched]] = {}
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._heart: threading.Thread | None = None
+        self._holds = 0  # reasons to live without an active run
 
     @property
-    def _number(self) -> int | None:
+    def own_number(self) -> int | None:
+        """The number that its runs bear; None if nobody else can see the database."""
         return None if self._url is None else self._id
 
     @property
@@ -74,13 +80,17 @@ class Supervision:
         """Whether it has to be registered."""
         return self._url is not None and self._beaten_at is None
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it has to beat before it opens a run."""
+        return self._url is not None and (self._beaten_at is None or _clock() - self._beaten_at > self._interval)
+
     def register(self, connection: Connection) -> None:
-        """Register, and close what the dead of this host have left behind."""
-        self._beat(connection)
+        """Register, and close what the dead of this host have left behind, as far as that takes no time."""
+        self.attend(connection)
         connection.commit()
-        assert self._process is not None  # noqa: S101  (for mypy: it has beaten)
         try:
-            for run in recovery.recover(connection, self._process, stale_after=None):
+            for run in recovery.recover(connection, Process.here(), stale_after=None, is_brief=True):
                 _log.debug("recovered attempt %d of task %r", run.attempt, run.task_id)
         except SQLAlchemyError as error:
             if is_lost(error) or is_refusal(error):
@@ -90,32 +100,36 @@ class Supervision:
     def attend(self, connection: Connection) -> int | None:
         """Beat if that is due, before a run is opened: it must not look like one of the dead. Return the own number.
 
-        None if nobody else can see the database.
+        The beat is committed by itself: in a transaction that lasts nobody would see it, and the heart would have to
+        wait. None if nobody else can see the database.
         """
-        if self._url is not None and (self._beaten_at is None or _clock() - self._beaten_at > self._interval):
-            self._beat(connection)
-        return self._number
+        if self.is_due:
+            began_at = _clock()
+            self.tell(connection)
+            self._beaten_at = began_at
+        return self.own_number
 
-    def _beat(self, connection: Connection) -> None:
-        began_at = _clock()
+    def tell(self, connection: Connection) -> None:
+        """Write a sign of life."""
         if self._process is None:
             self._process = Process.here()
-        process = self._process
-        given = {
-            "id": self._id,
-            "source": self._source,
-            "host": process.host,
-            "boot_id": process.boot_id,
-            "pid_namespace": process.pid_namespace,
-            "pid": process.pid,
-            "process_started": process.started,
-        }
-        connection.execute(statements.beat(connection.dialect.name), given)
-        self._beaten_at = began_at
+        values = recovery.supervisor_values(self._id, self._source, self._process)
+        connection.execute(statements.beat(connection.dialect.name), values)
 
-    def doubt(self) -> None:
-        """Take it that the last beat may not have been written, or be gone."""
-        self._beaten_at = None
+    def beaten(self, at: float) -> None:
+        """Take note of a sign of life that was committed."""
+        self._beaten_at = at
+
+    def hold(self) -> None:
+        """Beat from now on, though no run is active, until :meth:`let_go`."""
+        with self._lock:
+            self._holds += 1
+            self._live()
+
+    def let_go(self) -> None:
+        """Beat only while a run is active."""
+        with self._lock:
+            self._holds -= 1
 
     def open(self, connection: Connection, start: Start, *, lost: bool, is_certain: bool) -> TaskRun:
         """Open a run in a transaction of its own, and watch over it: see :func:`writing.open_alone`.
@@ -142,13 +156,21 @@ class Supervision:
             else:
                 with engine.transaction(connection):
                     run = close_alone(connection, task_id, attempt, outcome, lost=lost)
-                    connection.execute(statements.remove_supervisor(), {"watcher": self._id})
-                self.doubt()
+                    if self._is_last(task_id, attempt):
+                        connection.execute(statements.remove_supervisor(), {"watcher": self._id})
+                self._beaten_at = None
         except (RunClosedError, RunNotFoundError):
             self.closed(task_id, attempt)
             raise
         self.closed(task_id, attempt)
         return run
+
+    def _is_last(self, task_id: str, attempt: int) -> bool:
+        with self._lock:
+            return not (self._keys() - {(task_id, attempt)} or self._streams)
+
+    def _keys(self) -> set[tuple[str, int]]:
+        return {(task_id, attempt) for task_id, attempts in self._active.items() for attempt in attempts}
 
     def write(self, connection: Connection, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, and watch over its runs: see :meth:`Stream.write`."""
@@ -175,7 +197,7 @@ class Supervision:
 
     def opened(self, run: TaskRun, *, superseded: Collection[int] = (), is_certain: bool = False) -> None:
         """Watch over a run that was opened here, and no more over those that it has superseded."""
-        if not (run.is_active and run.supervisor_id == self._number):
+        if not (run.is_active and run.supervisor_id == self.own_number):
             return
         for attempt in superseded:
             self.closed(run.task_id, attempt)
@@ -200,33 +222,59 @@ class Supervision:
     def _beat_on(self) -> None:
         """Beat while there is an active run, through connections of its own: those of the pool may all be in use."""
         assert self._url is not None  # noqa: S101  (for mypy: or there were no heart)
-        own = None
+        own, interval = None, self._interval
         while True:
-            time.sleep(self._interval * _random.uniform(1 - _JITTER, 1 + _JITTER))
+            time.sleep(interval * _random.uniform(1 - _JITTER, 1 + _JITTER))
             with self._lock:
-                if not (self._active or any(stream.is_active for stream in self._streams)):
+                if not (self._active or self._holds or any(stream.is_active for stream in self._streams)):
                     self._heart = None
                     return
+                watched = self._keys()
+            interval = min(self._interval, HEARTBEAT)
             own = own or engine.create(self._url)
             try:
+                began_at = _clock()
                 with own.connect() as connection:
-                    self._beat(connection)
+                    self.tell(connection)
+                    active = set(connection.execute(statements.active_keys(), {"watcher": self._id}).tuples())
+                self._beaten_at = began_at
+                for task_id, attempt in watched - active:  # closed by somebody else
+                    self.closed(task_id, attempt)
             except Exception:  # noqa: BLE001  (the next beat may do better)
                 _log.debug("a heartbeat was not recorded", exc_info=True)
             own.dispose()
 
 
 class Watch:
-    """What a transaction does to the runs that a supervisor watches over, once it is committed."""
+    """What a transaction does to the runs that a supervisor watches over, once it is committed.
 
-    def __init__(self, supervision: Supervision) -> None:
+    ``is_brief``: it lasts so short a time that the supervisor is registered by the transaction itself.
+    """
+
+    def __init__(self, supervision: Supervision, *, is_brief: bool) -> None:
         self._supervision = supervision
+        self._is_brief = is_brief
+        self._began_at: float | None = None
         self._opened: list[tuple[TaskRun, list[int]]] = []
         self.closed: list[tuple[str, int]] = []
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, _error: object, _traceback: object) -> None:
+        if kind is None:
+            self._take_over()
+        if self._began_at is not None:
+            self._supervision.let_go()
+
     def attend(self, connection: Connection) -> int | None:
-        """Have the supervisor attend: see :meth:`Supervision.attend`."""
-        return self._supervision.attend(connection)
+        """Have the supervisor live while the transaction lasts, and return its number."""
+        if self._began_at is None:
+            self._began_at = _clock()
+            self._supervision.hold()
+            if self._is_brief and self._supervision.is_due:
+                self._supervision.tell(connection)
+        return self._supervision.own_number
 
     def superseded_by(self, start: Start) -> list[int]:
         """Return the attempts that a start shows to be over, those of this transaction too."""
@@ -240,16 +288,13 @@ class Watch:
         """Take note of a run that was opened, and of those that it has superseded."""
         self._opened.append((run, superseded))
 
-    def committed(self) -> None:
-        """Take it over."""
+    def _take_over(self) -> None:
+        if self._is_brief and self._began_at is not None:
+            self._supervision.beaten(self._began_at)
         for run, superseded in self._opened:
             self._supervision.opened(run, superseded=superseded)
         for task_id, attempt in self.closed:
             self._supervision.closed(task_id, attempt)
-
-    def undone(self) -> None:
-        """Leave it: the transaction was rolled back, perhaps with a heartbeat."""
-        self._supervision.doubt()
 
 
 _Watched = tuple[datetime, bool]

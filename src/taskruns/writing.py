@@ -90,8 +90,10 @@ def supersede(connection: Connection, run: TaskRun, attempts: Collection[int]) -
     """Close active runs of the same task and supervisor, of which this later start shows that they are over."""
     for attempt in attempts:
         if attempt != run.attempt:
-            values = {"end": run.started_at, "why": SUPERSEDED}
-            connection.execute(statements.recover_run(supervised=False), key_of(run.task_id, attempt) | values)
+            values = {"end": run.started_at, "why": SUPERSEDED, "watcher": run.supervisor_id}
+            connection.execute(
+                statements.recover_run(statements.Watched.BY_A_SUPERVISOR), key_of(run.task_id, attempt) | values
+            )
 
 
 def open_start(connection: Connection, start: Start, *, again: bool = False) -> TaskRun:

@@ -19,7 +19,6 @@ from taskruns.recorder import EventRecorder
 from taskruns.replay import Replayed
 from taskruns.retention import Retention
 from taskruns.retrying import cause_of, is_lost, is_refusal
-from taskruns.spool import Spool
 from taskruns.timeline import Effect
 from taskruns.times import rfc3339
 
@@ -56,7 +55,7 @@ class Sink:
             url, source=source, lock_timeout=_LOCK_TIMEOUT, retry_for=_RETRY_FOR, retention=retention
         )
         self._recorder = EventRecorder(self._history)
-        self._spool = Spool(url)
+        self._spool = self._history.spool()
         self._database = _Beside()
         self._going: Future[Replayed] | None = None
         self._cause = ""
