@@ -178,12 +178,12 @@ def test_many_are_recovered_at_once(history: TaskRunHistory, database: str) -> N
 
 def test_recovery_in_a_transaction_is_undone_with_it(history: TaskRunHistory, database: str) -> None:
     lose(database, "job")
-    with suppress(ZeroDivisionError), history.begin() as runs:
+    with suppress(ZeroDivisionError), history.begin(brief=True) as runs:
         assert [run.task_id for run in runs.recover()] == ["job"]
         assert runs.active_runs() == []
         raise ZeroDivisionError
     assert [run.task_id for run in history.active_runs()] == ["job"]
-    with history.begin() as runs:
+    with history.begin(brief=True) as runs:
         runs.recover()
     assert history.active_runs() == []
 

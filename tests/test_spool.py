@@ -24,7 +24,7 @@ from taskruns.model import Outcome
 from taskruns.replay import Mark, Replayed, replay
 from taskruns.spool import Spool
 from taskruns.times import rfc3339
-from taskruns.url import hide_password, parse_url
+from taskruns.url import parse_url
 
 FROM = datetime(2026, 3, 1, 2, tzinfo=UTC)
 
@@ -333,8 +333,10 @@ def test_password_is_in_no_file_and_changes_no_key() -> None:
     assert len(paths) == 2
     assert paths == spool.files(urls[1])
     assert b"secret" not in b"".join(path.read_bytes() for path in paths)
-    assert lines(paths[0])[0]["db"] == hide_password(urls[0].set(drivername="postgresql"))
+    assert lines(paths[0])[0]["db"] == "postgresql://host/name"
     assert paths == spool.files(urls[0].set(drivername="postgresql+asyncpg"))
+    assert paths == spool.files(make_url("postgresql://other@host:5432/name?connect_timeout=3"))
+    assert spool.files(make_url("postgresql://me@host:5433/name")) == []
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"])

@@ -126,13 +126,20 @@ def test_two_histories_are_two_supervisors(database: str, histories: Histories, 
 def test_first_transaction_registers_and_one_that_is_undone_does_not(
     history: TaskRunHistory, database: str, source: str
 ) -> None:
-    with suppress(ZeroDivisionError), history.begin() as runs:
+    with suppress(ZeroDivisionError), history.begin(brief=True) as runs:
         runs.open_run("job")
         raise ZeroDivisionError
     assert known(database, source) == []
-    with history.begin() as runs:
+    with history.begin(brief=True) as runs:
         run = runs.open_run("job")
     assert [(found.id, found.active_runs) for found in known(database, source)] == [(run.supervisor_id, 1)]
+
+
+def test_transaction_that_may_last_is_registered_before_it(history: TaskRunHistory, database: str, source: str) -> None:
+    with suppress(ZeroDivisionError), history.begin() as runs:
+        runs.open_run("job")
+        raise ZeroDivisionError
+    assert [found.active_runs for found in known(database, source)] == [0]
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
@@ -189,7 +196,7 @@ def test_heart_goes_on_when_the_database_fails(
         raise OSError
 
     quick.open_run("job")
-    monkeypatch.setattr(supervision.Supervision, "_beat", fail)
+    monkeypatch.setattr(supervision.Supervision, "tell", fail)
     until(lambda: len(failures) > 1, "it goes on trying")
     monkeypatch.undo()
     (first,) = known(database, source)
@@ -230,11 +237,11 @@ def test_transaction_after_a_pause_beats_first(
     succeed(history, history.open_run("job"))
     age(database, 3700, source=source)
     later(monkeypatch, 3700)
-    with suppress(ZeroDivisionError), history.begin() as runs:
+    with suppress(ZeroDivisionError), history.begin(brief=True) as runs:
         runs.open_run("job")
         raise ZeroDivisionError
     assert known(database, source)[0].silence >= timedelta(seconds=3700)
-    with written(history) as tables, history.begin() as runs:
+    with written(history) as tables, history.begin(brief=True) as runs:
         runs.open_run("job")
     assert [table for table in tables if table in ("supervisors", "task_runs")][-2:] == ["supervisors", "task_runs"]
     assert known(database, source)[0].silence < timedelta(seconds=60)

@@ -95,7 +95,8 @@ class TaskRunHistory:
             lock_timeout: Seconds to wait for another writer, who holds a lock (not behind PgBouncer).
             retry_for: Seconds for which a call goes on trying after a transient error.
             on_retry: Called with each transient error before the next try.
-            heartbeat: Seconds between two signs of life, while a run that was opened here is active.
+            heartbeat: Seconds until the first sign of life of a run that was opened here and is active; others follow
+                as often, and at least every 10 s. Whoever judges by them waits for 60 s.
             retention: A policy that the history keeps up by itself, see :meth:`tidy`. None deletes nothing.
 
         Raises:

@@ -27,9 +27,6 @@ from taskruns.writing import Start, close_alone, open_alone
 HEARTBEAT = 10.0
 """Seconds between two heartbeats; those that judge a supervisor by them wait for several."""
 
-MAX_HEARTBEAT = 30.0
-"""The most seconds until the first: whoever judges waits for 60."""
-
 _JITTER = 0.1
 """The part of these by which they vary, so that the processes of a host do not all beat at the same moment."""
 
@@ -50,8 +47,8 @@ class Supervision:
     """
 
     def __init__(self, url: URL, source: str, interval: float) -> None:
-        if not 0 < interval <= MAX_HEARTBEAT:
-            raise ValueError(f"heartbeat is a number of seconds above 0, up to {MAX_HEARTBEAT:.0f}, not {interval}")
+        if not interval > 0:
+            raise ValueError(f"heartbeat is a number of seconds above 0, not {interval}")
         # Nobody else sees a database in memory, and it ends with the process.
         self._url = None if is_in_memory(url) else url
         self._source = source
