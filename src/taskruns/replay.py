@@ -32,11 +32,11 @@ from taskruns.writing import Start, close, key_of, open_start, run_of
 RETRY_FOR = 5.0
 """Seconds for which each transaction is tried again after a transient error."""
 
-_LINES, _BYTES = 500, 1024 * 1024
-"""Most lines, and roughly most bytes, that become one transaction."""
+_LINES, _BYTES = 4000, 1024 * 1024
+"""Most lines, and roughly most bytes, between two looks at the clock: one transaction, if they are of a stream."""
 
-_LINES_OF_RUNS = 50
-"""Most lines between two looks at the clock where each task is a transaction of its own."""
+_LINES_OF_RUNS = 500
+"""The same of the lines of recorded runs; a tenth of it on servers, where each task is a transaction of its own."""
 
 _FAULTS = (DataError, IntegrityError, TaskRunsError, ValueError, TypeError)
 """What a line is to blame for, not the database."""
@@ -273,7 +273,9 @@ class _Replaying:
             yield batch, position
 
     def _most(self, item: _Item) -> int:
-        return _LINES if item.run is None or self._engine.dialect.name == "sqlite" else _LINES_OF_RUNS
+        if item.run is None:
+            return _LINES
+        return _LINES_OF_RUNS if self._engine.dialect.name == "sqlite" else _LINES_OF_RUNS // 10
 
     def _read(self, line: bytes, *, is_new: bool) -> _Item | None:
         try:

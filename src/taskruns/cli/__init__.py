@@ -1,5 +1,6 @@
 """The command line. Each command's module is imported when the command is used."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ def main() -> None:
     if sys.stdout is None:  # closed, by `>&-`
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (to the end of the process)
         os.set_inheritable(sys.stdout.fileno(), True)
+    # What a pool says of a connection that was lost is told by the error itself, if it matters.
+    logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the user's encoding lacks must not end a list
     sys.exit(run(sys.argv[1:]))
