@@ -9,13 +9,13 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, func, select
-from sqlalchemy.exc import SAWarning
+from sqlalchemy.exc import DBAPIError, SAWarning
 
 from taskruns.url import ASYNC_DRIVERS, DRIVERS, EXTRAS, is_file, parse_url
 
@@ -115,6 +115,8 @@ def prepared(engine: Engine, url: URL, *, read_only: bool, lock_timeout: float) 
         _prepare_sqlite(engine, url, read_only=read_only)
     elif (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
         _limit_waiting(engine, lock_timeout)
+    if engine.dialect.name != "sqlite":
+        _reset_safely(engine)
     _engines[engine] = url
     if read_only:
         _readers.add(engine)
@@ -255,7 +257,7 @@ def transaction(connection: Connection, *, lock: str | None = None) -> Iterator[
         with connection.begin():
             yield
         return
-    connection.execution_options(isolation_level="READ COMMITTED")  # later snapshots would be older than the lock
+    _read_committed(connection)  # later snapshots would be older than the lock
     if backend == "postgresql":
         with connection.begin():
             if lock is not None:
@@ -275,6 +277,39 @@ def transaction(connection: Connection, *, lock: str | None = None) -> Iterator[
         if name is not None and not connection.invalidated:
             with connection.begin():
                 connection.scalar(select(func.release_lock(name)))
+
+
+def _read_committed(connection: Connection) -> None:
+    """Set the isolation level; what the driver raises meanwhile is not wrapped by SQLAlchemy, so it is here."""
+    dialect = connection.dialect
+    dbapi: Any = dialect.loaded_dbapi
+    try:
+        connection.execution_options(isolation_level="READ COMMITTED")
+    except dbapi.Error as error:
+        is_lost = dialect.is_disconnect(error, None, None)
+        if is_lost:
+            connection.invalidate(error)
+        raise DBAPIError.instance(
+            None, None, error, dbapi.Error, connection_invalidated=is_lost, dialect=dialect
+        ) from error
+
+
+def _reset_safely(engine: Engine) -> None:
+    """Let a connection that is lost while it goes back to the pool fail its next user, who tries again.
+
+    SQLAlchemy would raise the error for what is committed by then, and the pool would never get its connection back.
+    """
+    dialect: Any = engine.dialect
+    reset = dialect.reset_isolation_level
+
+    def reset_or_close(connection: Any) -> None:
+        try:
+            reset(connection)
+        except dialect.loaded_dbapi.Error:
+            with suppress(Exception):
+                dialect.do_terminate(connection) if dialect.has_terminate else dialect.do_close(connection)
+
+    dialect.reset_isolation_level = reset_or_close
 
 
 def lock_task(connection: Connection, task_id: str) -> None:
