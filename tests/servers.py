@@ -137,8 +137,8 @@ def _own_postgresql() -> Iterator[OwnServer]:
     with own_directory("postgres") as directory:
         data = directory / "data"
         options: dict[str, Any] = {"cwd": directory, **as_user("postgres")}
-        making = [initdb, "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync"]
-        subprocess.run(making, check=True, stdout=subprocess.DEVNULL, **options)
+        form = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C"]
+        subprocess.run([initdb, "-D", str(data), *form, "--no-sync"], check=True, stdout=subprocess.DEVNULL, **options)
         settings = ["listen_addresses=127.0.0.1", f"unix_socket_directories={directory}", "fsync=off"]
         given = [argument for setting in settings for argument in ("-c", setting)]
         program = Path(initdb).resolve().with_name("postgres")

@@ -1,18 +1,17 @@
-"""Servers that go down, locks that stay, disks that are full: jobs do not notice, and what was acknowledged is there."""
+"""Servers go down, locks stay, disks are full: jobs do not notice, and what was acknowledged is there."""
 
 import itertools
+import json
 import logging
 import shutil
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from servers import OWN, MissingServerError, OwnServer, missing, wait_for
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from test_exec_outage import DELAY, file_system, fill, seconds_of
-from test_ingest import Ingest, all_runs, clean_pass, encoded, facts, home, ingest, many, shown, start, stop
+from test_ingest import Ingest, all_runs, clean_pass, encoded, home, ingest, many, shown, start, stop
 from test_retries import cut, servers_history
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory, spool
@@ -117,7 +116,8 @@ def job(home: Home, database: str, name: str, task: str, status: int) -> Job:
     began = time.monotonic()
     done = home.taskruns("exec", "--db", database, task, "--", *command)
     seconds = time.monotonic() - began
-    return Job(name, task, status, *map(float, times.read_text().split()), done, seconds)
+    ran_from, ran_until = map(float, times.read_text().split())
+    return Job(name, task, status, ran_from, ran_until, done, seconds)
 
 
 def differences(runs: list[TaskRun], jobs: list[Job]) -> list[tuple[float, float]]:
@@ -145,7 +145,7 @@ def differences(runs: list[TaskRun], jobs: list[Job]) -> list[tuple[float, float
     ],
     indirect=["server"],
 )
-def test_server_that_is_stopped_and_started_while_commands_run(  # noqa: PLR0913  (fixtures)
+def test_server_that_is_stopped_and_started_while_commands_run(
     server: OwnServer,
     own_database: str,
     home: Home,
@@ -202,16 +202,21 @@ def test_server_that_is_stopped_and_started_while_commands_run(  # noqa: PLR0913
 
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
 def test_transaction_in_which_the_server_goes_down_is_undone_as_a_whole(
-    server: OwnServer, own_database: str, histories: Histories, killed: bool  # noqa: FBT001  (a parameter)
+    server: OwnServer, own_database: str, histories: Histories, killed: bool
 ) -> None:
     history = histories.connect(own_database)
     history.open_run("job")
-    with pytest.raises(DBAPIError), history.begin(lock="job") as runs:
-        runs.close_run("job", 1, TaskPhase.SUCCEEDED)
-        runs.open_run("job")
-        with server.down(killed=killed):
-            pass
-        runs.open_run("job")
+
+    def work() -> None:
+        with history.begin(lock="job") as runs:
+            runs.close_run("job", 1, TaskPhase.SUCCEEDED)
+            runs.open_run("job")
+            with server.down(killed=killed):
+                pass
+            runs.open_run("job")
+
+    with pytest.raises(DBAPIError):
+        work()
     assert [(run.attempt, run.phase) for run in history.iter_runs("job")] == [(1, "running")]
     assert history.close_run("job", 1, TaskPhase.FAILED).phase == "failed"
     with history.begin(lock="job") as runs:
@@ -246,11 +251,11 @@ def test_connections_cut_at_any_moment_lose_and_double_nothing(
 ) -> None:
     history, admin = servers_history
     database = admin.url.render_as_string(hide_password=False)
-    stop, cuts = threading.Event(), 0
+    is_over, cuts = threading.Event(), 0
 
     def cut_all() -> None:
         nonlocal cuts
-        while not stop.wait(0.05):
+        while not is_over.wait(0.05):
             with suppress(DBAPIError):  # one that has ended by itself meanwhile
                 cuts += cut(admin)
 
@@ -266,7 +271,7 @@ def test_connections_cut_at_any_moment_lose_and_double_nothing(
                     history.close_run("opened", run.attempt, TaskPhase.SUCCEEDED)
         assert wrapper.returncode == 0
     finally:
-        stop.set()
+        is_over.set()
         cutting.join()
         admin.dispose()
     assert cuts > 0
@@ -312,7 +317,7 @@ def feed(running: Ingest, content: bytes) -> float:
 @pytest.mark.parametrize(
     ("seconds", "count"), [(0, 5000), pytest.param(60, 100_000, marks=pytest.mark.soak)], ids=["short", "a minute"]
 )
-def test_lock_that_is_held_holds_up_nobody(  # noqa: PLR0913  (fixtures)
+def test_lock_that_is_held_holds_up_nobody(
     database: str,
     home: Home,
     ingest: Callable[..., Ingest],
@@ -367,3 +372,101 @@ def test_lock_that_is_held_holds_up_nobody(  # noqa: PLR0913  (fixtures)
     assert [run.phase for run in runs if run.task_id == "recorded"] == ["succeeded"] * 2
     assert first.started_at in [run.started_at for run in runs]
     assert shown([run for run in runs if run.task_id.startswith("task ")]) == shown(clean_pass(events))
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return what the library has said since the last call."""
+    caplog.set_level(logging.WARNING, "taskruns")
+
+    def said() -> list[str]:
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    return said
+
+
+class Filling:
+    """A small disk that can be filled to its last byte, and emptied of that."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def fill(self) -> None:
+        fill(self.place)
+
+    def clear(self) -> None:
+        for path in self.place.glob("filling*"):
+            path.unlink()
+
+
+def test_full_disks(  # every writer, through one history of two disks
+    sqlite: str,
+    home: Home,
+    ingest: Callable[..., Ingest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    messages: Callable[[], list[str]],
+) -> None:
+    with file_system(tmp_path / "data", "size=1m") as data, file_system(tmp_path / "state", "size=1m") as state:
+        shutil.copy(str(make_url(sqlite).database), data / "runs.db")
+        database = f"sqlite:///{data}/runs.db"
+        home.environment["TASKRUNS_STATE_DIR"] = str(state)
+        monkeypatch.setenv("TASKRUNS_STATE_DIR", str(state))
+        data_disk, state_disk = Filling(data), Filling(state)
+
+        def write(name: str) -> tuple[list[str], list[str], str, list[int]]:
+            """Have each of them record, and return what `exec`, the library and `ingest` say, and its acknowledgements."""
+            done = job(home, database, name, name, 3)
+            done.check()
+            with TaskRunHistory.connect(database) as history:
+                with history.record(name):
+                    pass
+                history._outage._replay_at = float("inf")
+            running = ingest(database, "--ack")
+            with suppress(BrokenPipeError):
+                running.tell(start(0, name), stop(1, name))
+            running.input.close()
+            acknowledged = [json.loads(line)["ack"] for line in running.unread().splitlines()]
+            return done.warnings, messages(), running.wait()[1], acknowledged
+
+        assert write("before") == ([], [], "", [1, 2])
+        data_disk.fill()
+        warned, said, errors, acknowledged = write("kept")
+        assert [len(warned), len(said), errors.count("events are kept in "), acknowledged] == [1, 1, 1, [1, 2]]
+        assert "this run is kept in" in warned[0]
+        state_disk.fill()
+        warned, said, errors, acknowledged = write("lost")
+        assert [len(warned), len(said), errors.count("events are lost"), acknowledged] == [1, 1, 1, []]
+        for line in (*warned, *said):
+            assert "this run will not be recorded" in line
+            assert "No space left on device" in line
+        state_disk.clear()
+        data_disk.clear()
+        assert write("after") == ([], [], "", [1, 2])
+        replayed = home.taskruns("replay", "--db", database)
+        assert (replayed.returncode, replayed.stderr) == (0, "")
+        assert nothing_is_kept()
+        found = {name: [] for name in ("before", "kept", "after")}
+        for run in all_runs(database):
+            found[run.task_id].append((run.phase.value, run.recovered))
+        for of_name in found.values():
+            assert sorted(of_name) == [("failed", False), ("succeeded", False), ("succeeded", False)]
+
+
+def test_killed_wrapper_of_an_outage_leaves_its_run(server: OwnServer, own_database: str, home: Home) -> None:
+    script = "import sys, time; print(time.time(), flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with server.down():
+        wrapper = home.start("exec", "-q", "--db", own_database, "job", "--", sys.executable, "-c", script, **pipes)
+        with wrapper:
+            assert wrapper.stdout is not None
+            began = float(wrapper.stdout.readline())
+            wrapper.kill()
+    assert home.taskruns("replay", "--db", own_database).returncode == 0
+    assert nothing_is_kept()
+    [run] = home.runs("job", own_database)
+    assert (run.phase, run.recovered) == ("failed", True)
+    assert run.finished_at is not None
+    assert -0.05 < began - run.started_at.timestamp() < 1
