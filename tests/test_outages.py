@@ -416,8 +416,8 @@ def test_full_disks(  # every writer, through one history of two disks
         monkeypatch.setenv("TASKRUNS_STATE_DIR", str(state))
         data_disk, state_disk = Filling(data), Filling(state)
 
-        def write(name: str) -> tuple[list[str], list[str], str, list[int]]:
-            """Have each of them record, and return what `exec`, the library and `ingest` say, and its acknowledgements."""
+        def write(name: str) -> tuple[list[str], list[str], list[str], list[int]]:
+            """Have each of them record; return what `exec`, the library and `ingest` say, and what that acknowledges."""
             done = job(home, database, name, name, 3)
             done.check()
             with TaskRunHistory.connect(database) as history:
@@ -426,31 +426,35 @@ def test_full_disks(  # every writer, through one history of two disks
                 history._outage._replay_at = float("inf")
             running = ingest(database, "--ack")
             with suppress(BrokenPipeError):
-                running.tell(start(0, name), stop(1, name))
+                running.tell(start(0, f"{name}, told"), stop(1, f"{name}, told"))
             running.input.close()
             acknowledged = [json.loads(line)["ack"] for line in running.unread().splitlines()]
-            return done.warnings, messages(), running.wait()[1], acknowledged
+            *complaints, _counts = running.wait()[1].splitlines()
+            return done.warnings, messages(), complaints, acknowledged
 
-        assert write("before") == ([], [], "", [1, 2])
+        assert write("before") == ([], [], [], [1, 2])
         data_disk.fill()
-        warned, said, errors, acknowledged = write("kept")
-        assert [len(warned), len(said), errors.count("events are kept in "), acknowledged] == [1, 1, 1, [1, 2]]
-        assert "this run is kept in" in warned[0]
+        [warning], [message], [complaint], acknowledged = write("kept")
+        assert warning.startswith(f"{PREFIX}this run is kept in {state}/")
+        assert message.startswith(f"runs are kept in {state}/")
+        assert complaint.startswith(f"{PREFIX}events are kept in {state}/")
+        assert acknowledged == [1, 2]
         state_disk.fill()
-        warned, said, errors, acknowledged = write("lost")
-        assert [len(warned), len(said), errors.count("events are lost"), acknowledged] == [1, 1, 1, []]
-        for line in (*warned, *said):
-            assert "this run will not be recorded" in line
-            assert "No space left on device" in line
+        [warning], [message], [complaint], acknowledged = write("lost")
+        assert warning.startswith(f"{PREFIX}this run will not be recorded")
+        assert message.startswith("this run will not be recorded")
+        assert complaint.startswith(f"{PREFIX}events are lost")
+        assert all("No space left on device" in line for line in (warning, message, complaint))
+        assert acknowledged == []
         state_disk.clear()
         data_disk.clear()
-        assert write("after") == ([], [], "", [1, 2])
+        assert write("after") == ([], [], [], [1, 2])
         replayed = home.taskruns("replay", "--db", database)
         assert (replayed.returncode, replayed.stderr) == (0, "")
         assert nothing_is_kept()
-        found = {name: [] for name in ("before", "kept", "after")}
+        found: dict[str, list[tuple[str, bool]]] = {name: [] for name in ("before", "kept", "after")}
         for run in all_runs(database):
-            found[run.task_id].append((run.phase.value, run.recovered))
+            found[run.task_id.removesuffix(", told")].append((run.phase.value, run.recovered))
         for of_name in found.values():
             assert sorted(of_name) == [("failed", False), ("succeeded", False), ("succeeded", False)]
 
