@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,36 +75,85 @@ def _answers(url: URL) -> bool:
         engine.dispose()
 
 
+class OwnServer:
+    """A throw-away server, which can be stopped, and started again with the same port and data."""
+
+    def __init__(self, url: URL, command: Sequence[str | Path], stopped_by: signal.Signals, **options: Any) -> None:
+        self.url = url
+        self._command = command
+        self._stopped_by = stopped_by
+        self._options = options
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self._launch()
+        try:
+            wait_for(self._is_up, f"{self._command[0]} did not answer")
+        except TimeoutError:
+            self.kill()
+            raise
+
+    def stop(self) -> None:
+        """Have it cut all connections and end."""
+        self._process.send_signal(self._stopped_by)
+        self._process.wait(_START_TIMEOUT)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    @contextmanager
+    def down(self, *, killed: bool = False) -> Iterator[None]:
+        """Have it stopped, or killed, for a while."""
+        if killed:
+            self.kill()
+        else:
+            self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    def _launch(self) -> None:
+        quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        self._process = subprocess.Popen(self._command, start_new_session=True, **quiet, **self._options)
+
+    def _is_up(self) -> bool:
+        if self._process.poll() is not None:
+            self._launch()  # what was left of a killed one was in the way
+        return _answers(self.url)
+
+
 @contextmanager
-def _own_postgresql() -> Iterator[URL]:
+def _own_postgresql() -> Iterator[OwnServer]:
     root = Path("/")
     places = ["usr/lib/postgresql/*/bin", "opt/homebrew/opt/postgresql*/bin"]
     directories = [str(directory) for place in places for directory in root.glob(place)]
     initdb = shutil.which("initdb", path=os.pathsep.join([*sorted(directories, reverse=True), os.environ["PATH"]]))
     if initdb is None:
         raise MissingServerError(f"no PostgreSQL at 127.0.0.1:5432, no {_GIVEN['postgresql']}, no initdb")
-    pg_ctl = Path(initdb).resolve().with_name("pg_ctl")
-    port = free_port()
+    url = make_url(_USUAL["postgresql"]).set(port=free_port())
     with own_directory("postgres") as directory:
-        data, log = directory / "data", directory / "log"
-
-        def run(*command: str | Path) -> None:
-            subprocess.run(command, check=True, cwd=directory, stdout=subprocess.DEVNULL, **as_user("postgres"))
-
-        run(initdb, "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync")
-        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={directory} -c fsync=off"
-        run(pg_ctl, "-D", data, "-w", "-l", log, "-o", settings, "start")
+        data = directory / "data"
+        options: dict[str, Any] = {"cwd": directory, **as_user("postgres")}
+        form = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C"]
+        subprocess.run([initdb, "-D", str(data), *form, "--no-sync"], check=True, stdout=subprocess.DEVNULL, **options)
+        settings = ["listen_addresses=127.0.0.1", f"unix_socket_directories={directory}", "fsync=off"]
+        given = [argument for setting in settings for argument in ("-c", setting)]
+        program = Path(initdb).resolve().with_name("postgres")
+        server = OwnServer(url, [program, "-D", data, "-p", str(url.port), *given], signal.SIGQUIT, **options)
         try:
-            yield make_url(_USUAL["postgresql"]).set(port=port)
+            yield server
         finally:
-            run(pg_ctl, "-D", data, "-m", "immediate", "stop")
+            server.stop()
 
 
 @contextmanager
-def _own_mariadb() -> Iterator[URL]:
+def _own_mariadb() -> Iterator[OwnServer]:
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
-    install, server = shutil.which("mariadb-install-db", path=path), shutil.which("mariadbd", path=path)
-    if install is None or server is None:
+    install, program = shutil.which("mariadb-install-db", path=path), shutil.which("mariadbd", path=path)
+    if install is None or program is None:
         raise MissingServerError(f"no MariaDB at 127.0.0.1:3306, no {_GIVEN['mariadb']}, no mariadbd")
     url = make_url(_USUAL["mariadb"]).set(port=free_port())
     user = ["--user=root"] if os.geteuid() == 0 else []
@@ -114,31 +164,24 @@ def _own_mariadb() -> Iterator[URL]:
             check=True,
             capture_output=True,
         )
-        process = subprocess.Popen(
-            [
-                server,
-                *place,
-                f"--socket={directory / 'sock'}",
-                f"--pid-file={directory / 'pid'}",
-                f"--port={url.port}",
-                "--bind-address=127.0.0.1",
-                "--innodb-flush-log-at-trx-commit=0",
-                "--skip-log-bin",
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        command = [
+            program,
+            *place,
+            f"--socket={directory / 'sock'}",
+            f"--pid-file={directory / 'pid'}",
+            f"--port={url.port}",
+            "--bind-address=127.0.0.1",
+            "--innodb-flush-log-at-trx-commit=2",  # outlives the process, as a commit has to
+            "--skip-log-bin",
+        ]
+        server = OwnServer(url, command, signal.SIGTERM)
         try:
-            wait_for(lambda: _answers(url), "MariaDB did not answer")
-            yield url
+            yield server
         finally:
-            process.kill()
-            process.wait()
+            server.kill()
 
 
-_OWN: dict[str, Callable[[], AbstractContextManager[URL]]] = {
+OWN: dict[str, Callable[[], AbstractContextManager[OwnServer]]] = {
     "postgresql": _own_postgresql,
     "mariadb": _own_mariadb,
 }
@@ -155,8 +198,8 @@ def _server(kind: str) -> Iterator[URL]:
     elif _answers(make_url(_USUAL[kind])):
         yield make_url(_USUAL[kind])
     else:
-        with _OWN[kind]() as url:
-            yield url
+        with OWN[kind]() as server:
+            yield server.url
 
 
 class Databases:

@@ -9,8 +9,10 @@ from histories import Histories
 from sqlalchemy import Engine, Transaction, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from taskruns import TaskPhase, TaskRunHistory
+from taskruns import Event, TaskPhase, TaskRunHistory
 from taskruns.retrying import is_lost, is_refusal
+from taskruns.stream import Stream
+from taskruns.timeline import Effect
 
 
 def is_transient(error: BaseException) -> bool:
@@ -88,6 +90,36 @@ def test_cut_idle_connection_goes_unnoticed(servers_history: tuple[TaskRunHistor
     assert cut(admin) > 0
     assert [run.is_active for run in history.runs("job").runs] == [True, False]
     admin.dispose()
+
+
+def test_connection_cut_before_or_after_a_transaction_goes_unnoticed(
+    servers_history: tuple[TaskRunHistory, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, admin = servers_history
+    stream = Stream("here")
+    history.open_run("job")
+    assert cut(admin) > 0
+    assert history.record_events(stream, [told(1)]) == [Effect.OPENED]
+    cuts: list[int] = []
+    dialect = getattr(history._engine, "sync_engine", history._engine).dialect
+    reset = dialect.do_rollback
+
+    def reset_and_cut(connection: Any) -> None:
+        reset(connection)
+        cuts.append(cut(admin))
+
+    monkeypatch.setattr(dialect, "do_rollback", reset_and_cut)  # all is committed, and it is not yet back in the pool
+    assert history.record_events(stream, [told(2)]) == [Effect.OPENED]
+    assert history.record_events(stream, [told(3)]) == [Effect.OPENED]
+    assert [count > 0 for count in cuts][:2] == [True, True]
+    assert len(history.runs("told").runs) == 3
+    admin.dispose()
+
+
+def told(attempt: int) -> Event:
+    return Event.from_wire(
+        {"kind": "TaskStarting", "task": "told", "attempt": attempt, "at": f"2026-03-01T02:00:0{attempt}Z"}
+    )
 
 
 def test_connection_cut_in_the_middle_of_a_call_is_tried_again(

@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -115,6 +115,8 @@ def prepared(engine: Engine, url: URL, *, read_only: bool, lock_timeout: float) 
         _prepare_sqlite(engine, url, read_only=read_only)
     elif (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
         _limit_waiting(engine, lock_timeout)
+    if engine.dialect.name != "sqlite":
+        _reset_safely(engine)
     _engines[engine] = url
     if read_only:
         _readers.add(engine)
@@ -291,6 +293,24 @@ def as_sqlalchemy(connection: Connection, error: Any, statement: str) -> DBAPIEr
     )
     assert isinstance(known, DBAPIError)  # noqa: S101  (for mypy)
     return known
+
+
+def _reset_safely(engine: Engine) -> None:
+    """Let a connection that is lost while it goes back to the pool fail its next user, who tries again.
+
+    SQLAlchemy would raise the error for what is committed by then, and the pool would never get its connection back.
+    """
+    dialect: Any = engine.dialect
+    reset = dialect.reset_isolation_level
+
+    def reset_or_close(connection: Any) -> None:
+        try:
+            reset(connection)
+        except dialect.loaded_dbapi.Error:
+            with suppress(Exception):
+                dialect.do_terminate(connection) if dialect.has_terminate else dialect.do_close(connection)
+
+    dialect.reset_isolation_level = reset_or_close
 
 
 def lock_task(connection: Connection, task_id: str) -> None:

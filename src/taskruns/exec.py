@@ -253,6 +253,10 @@ class _Recorder:
             self._listener(line)
 
 
+class _OutdatedError(Exception):
+    """The command has started meanwhile, later than was about to be written."""
+
+
 class _Record:
     """Records one attempt: its start, as soon as the database takes it, and its end.
 
@@ -279,6 +283,7 @@ class _Record:
         self._decision = threading.Lock()
         self._starts_anyway = False
         self._is_repeated = False
+        self._may_be_written = False  # with the time of the start that it has had till then
         self._kept: TaskRun | None = None  # the start, as it is in the spool
         self.is_open = threading.Event()
         """Whether the first attempt to open the run is over."""
@@ -307,9 +312,10 @@ class _Record:
 
         A start that the database does not have yet is kept: the process may be killed before it has.
         """
-        self._starts_now()
         with self._decision:
             self._starts_anyway = self.overlaps is None
+            if not self._may_be_written:
+                self._take_time()  # anew, where the database was ready and is waited for all the same
             if self._starts_anyway and self.run is None:
                 with self._keeping() as spool:
                     self._kept = spool.add_start(self._told())
@@ -341,12 +347,10 @@ class _Record:
         self._end = {"phase": phase, "error": error, "exit_code": exit_code, "finished_at": finished_at}
         self._has_ended.set()
 
-    def _starts_now(self) -> None:
+    def _take_time(self) -> None:
         """Take the time of the start: once the database is ready, or when the command stops waiting for it."""
-        with self._decision:
-            if "started_at" not in self._start:
-                self._clock = time.monotonic()
-                self._start["started_at"] = datetime.now(UTC)
+        self._clock = time.monotonic()
+        self._start["started_at"] = datetime.now(UTC)
 
     def _work(self) -> None:
         self._attempt(self._open)
@@ -387,7 +391,11 @@ class _Record:
 
     def _open(self, history: TaskRunHistory) -> None:
         history.prepare()
-        run = Retrying(**Retry(math.inf, history.on_retry).policy())(self._open_once, history)
+        retrying = Retrying(**Retry(math.inf, history.on_retry).policy())
+        while True:
+            with suppress(_OutdatedError):
+                run = retrying(self._open_once, history)
+                break
         with self._decision:
             self.run = run
             if self._kept is not None and run is not None:
@@ -397,7 +405,10 @@ class _Record:
 
     def _open_once(self, history: TaskRunHistory) -> TaskRun | None:
         with history.begin(lock=self._plan.task_id, brief=True) as runs:
-            self._starts_now()  # now that nobody is waited for any more
+            with self._decision:
+                if "started_at" not in self._start:
+                    self._take_time()  # now that nobody is waited for any more
+                start = dict(self._start)
             if self._plan.no_overlap and not self._is_repeated:
                 active = runs.active_runs(self._plan.task_id)
                 if active and runs.recover():
@@ -407,7 +418,12 @@ class _Record:
                         self.overlaps = active[0]
                         return None
             again, self._is_repeated = self._is_repeated, True
-            return runs.open_run(self._plan.task_id, **self._start, again=again)
+            run = runs.open_run(self._plan.task_id, **start, again=again)
+            with self._decision:
+                if start != self._start:
+                    raise _OutdatedError
+                self._may_be_written = True
+            return run
 
     def _close(self, history: TaskRunHistory) -> None:
         if self.run is None:
