@@ -204,6 +204,37 @@ def test_slices_come_to_what_a_pass_keeps(database: str, histories: Histories, m
     assert keys(history.all_runs()) == keys(kept(runs, history.retention))
 
 
+def test_old_runs_that_stay_do_not_hide_those_that_go(
+    database: str, histories: Histories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "BATCH", 20)
+    monkeypatch.setattr(pruning, "SLICE", 10)
+    history = histories.connect(database, retention=EMBEDDED)
+    assert history.retention is not None
+    runs = [
+        *(ended(f"seldom {n}", 1, 900 + n) for n in range(30)),
+        *(ended(f"seldom {n}", 2, 1) for n in range(30)),
+        *(ended(f"once {n}", 1, 700 - 7 * n) for n in range(30)),
+    ]
+    history.add_runs(runs)
+    left = keys(kept(runs, history.retention))
+    for _ in range(200):
+        history.tidy("seldom 1")
+        if keys(history.all_runs()) == left:
+            break
+    assert keys(history.all_runs()) == left
+
+
+def test_many_turns_are_one_slice_that_is_larger(database: str, histories: Histories) -> None:
+    history = histories.connect(database, retention=EMBEDDED)
+    history.add_runs([ended(f"t {n % 3}", n // 3 + 1, 600) for n in range(1500)])
+    history.tidy(*["t 0"] * 3, "t 1", "t 2")
+    left = len(list(history.all_runs()))
+    assert 1500 - 5 * pruning.SLICE <= left < 1500 - 2 * pruning.SLICE
+    history.tidy()
+    assert len(list(history.all_runs())) == left
+
+
 def test_a_slice_is_bounded(database: str, histories: Histories) -> None:
     history = histories.connect(database, retention=EMBEDDED)
     history.add_runs([ended("often", n, 600) for n in range(1, 600)] + [ended(f"once {n}", 1, 800) for n in range(600)])
@@ -260,17 +291,19 @@ def events(task: str, count: int) -> list[dict[str, int | str]]:
 
 def test_events_tidy_once_for_so_many_ends(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tidied = []
-    monkeypatch.setattr(TaskRunHistory, "tidy", lambda _history, task_id: tidied.append(task_id))
+    monkeypatch.setattr(TaskRunHistory, "tidy", lambda _history, *task_ids: tidied.extend(task_ids))
 
     with TaskRunHistory.connect(sqlite, retention=EMBEDDED) as history:
         recorder = EventRecorder(history)
         recorder.record_all(events("a", 64))
         assert tidied == ["a", "a"]
-        recorder.record_all(events("b", 500))
-        assert tidied == ["a", "a", *["b"] * 4]
+        recorder.record_all(events("b", 480))
+        assert tidied == ["a", "a", *["b"] * 15]
+        recorder.record_all(events("b", 2000))
+        assert len(tidied) == 17 + 16
         history.retention = None
         recorder.record_all(events("c", 64))
-        assert len(tidied) == 6
+        assert len(tidied) == 17 + 16
 
 
 @pytest.mark.parametrize(

@@ -319,8 +319,7 @@ class AsyncTaskRunHistory:
         await self._register()
         effects = await self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
         if self.retention is not None:
-            for task_id in turns_of(events, effects):
-                await self.tidy(task_id)
+            await self.tidy(*turns_of(events, effects))
         return effects
 
     async def recover(
@@ -389,13 +388,13 @@ class AsyncTaskRunHistory:
             await self._call(lambda connection, _lost: recovery.remove_idle(connection, Process.here()))
         return pass_.count
 
-    async def tidy(self, task_id: str) -> None:
-        """Prune a task and a bounded slice of the others: see :meth:`taskruns.TaskRunHistory.tidy`."""
-        if self.retention is None:
+    async def tidy(self, *task_ids: str) -> None:
+        """Prune some tasks and a bounded slice of the others: see :meth:`taskruns.TaskRunHistory.tidy`."""
+        if self.retention is None or not task_ids:
             return
         policy = self.retention
         try:
-            await self._call_once(lambda connection, _lost: pruning.tidy(connection, policy, task_id), Retry(0, None))
+            await self._call_once(lambda connection, _lost: pruning.tidy(connection, policy, task_ids), Retry(0, None))
         except Exception:  # noqa: BLE001  (the next turn comes)
             _log.debug("old runs are not deleted at present", exc_info=True)
 

@@ -236,8 +236,7 @@ class TaskRunHistory:
         self._register()
         effects = self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
         if self.retention is not None:
-            for task_id in turns_of(events, effects):
-                self.tidy(task_id)
+            self.tidy(*turns_of(events, effects))
         return effects
 
     def recover(
@@ -331,17 +330,17 @@ class TaskRunHistory:
             self._call(lambda connection, _lost: recovery.remove_idle(connection, Process.here()))
         return pass_.count
 
-    def tidy(self, task_id: str) -> None:
-        """Prune a task and a bounded slice of the others by the history's own policy, if it has one.
+    def tidy(self, *task_ids: str) -> None:
+        """Prune some tasks and a bounded slice of the others by the history's own policy, if it has one.
 
-        It takes some milliseconds and raises nothing: who records runs has other things to do. A close calls it where
-        :func:`taskruns.retention.is_turn` says so, and so a table stays within bounds by itself.
+        It takes some milliseconds for each and raises nothing: who records runs has other things to do. A close calls
+        it where :func:`taskruns.retention.is_turn` says so, and so a table stays within bounds by itself.
         """
-        if self.retention is None:
+        if self.retention is None or not task_ids:
             return
         policy = self.retention
         try:
-            self._call_once(lambda connection, _lost: pruning.tidy(connection, policy, task_id), Retry(0, None))
+            self._call_once(lambda connection, _lost: pruning.tidy(connection, policy, task_ids), Retry(0, None))
         except Exception:  # noqa: BLE001  (the next turn comes)
             _log.debug("old runs are not deleted at present", exc_info=True)
 

@@ -5,7 +5,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from fnmatch import translate
 from typing import Any
@@ -22,13 +22,13 @@ BATCH = 500
 """Runs that are looked at by one step, and deleted by its transaction."""
 
 SLICE = 250
-"""The most runs that :func:`tidy` deletes, of up to three times ``BATCH`` that it looks at."""
+"""The most runs that :func:`tidy` deletes for each task it is given; it looks at up to three times ``BATCH``."""
 
 REACH = 1000
 """Attempts among which :func:`tidy` looks for a later success; beyond it leaves the run to a pass."""
 
-_MOST_TURNS = 4
-"""How often one call that records events tidies: each time deletes more runs than it comes for."""
+_MOST_TURNS = 16
+"""The most turns that one call which records events takes, at once: they delete more runs than it can bring."""
 
 REMOVED = "[removed]"
 """What stands where an error has been forgotten."""
@@ -164,36 +164,41 @@ def _left(place: _Place) -> list[Key]:
     return [] if last is None else [last]
 
 
-def tidy(connection: Connection, retention: Retention, task_id: str) -> int:
-    """Delete some of what a policy does not keep, of a task and of others, and return how many runs that were.
+def tidy(connection: Connection, retention: Retention, task_ids: Sequence[str]) -> int:
+    """Delete some of what a policy does not keep, of some tasks and of others, and return how many runs that were.
 
-    It takes some milliseconds, however large the table is: of the task the lowest numbers are looked at, of the others
-    those that started earliest, and those since a moment that chance chooses. Called after every ``TURN`` runs it
-    keeps a table within bounds. Some runs are left to a pass: the success before many failures, and idle tasks that
-    have more runs than the policy keeps of a task.
+    It takes some milliseconds for each task, however large the table is: of the task the lowest numbers are looked at,
+    of the others those that started earliest, and those since a moment that chance chooses. Called after every ``TURN``
+    runs it keeps a table within bounds. Some runs are left to a pass: the success before many failures, and idle tasks
+    that have more runs than the policy keeps of a task.
     """
     cutoffs = _cutoffs(connection, retention)
     before = cutoffs.latest
     if before is None:
         return 0
     keep = max(retention.keep, 1)
-    pages = [statements.first_runs(checked_name(task_id, "task id"), limit=BATCH)]
+    pages = [statements.first_runs(checked_name(task, "task id"), limit=BATCH) for task in dict.fromkeys(task_ids)]
     oldest = connection.execute(statements.runs_started(until=before, limit=1)).first()
     if oldest is not None:
         moment = oldest.started_at + _random.random() * (before - oldest.started_at)
-        pages += [statements.runs_started(until=before, since=since, limit=BATCH) for since in (None, moment)]
+        limit = BATCH * len(task_ids)
+        pages += [statements.runs_started(until=before, since=since, limit=limit) for since in (None, moment)]
     due: dict[Key, None] = {}
     small: dict[str, None] = {}
+    most = SLICE * len(task_ids)
+    _random.shuffle(pages)  # or one that has always enough, of tasks that turn out not to be idle, hid the others
     for page in pages:
-        query = statements.with_standing(page, before=before, keep=keep, reach=REACH)
+        left = most - len(due) - len(small)
+        if left <= 0:
+            break
+        query = statements.with_standing(page, **asdict(cutoffs), keep=keep, reach=REACH, limit=left)
         for run in connection.execute(query):
             is_needed = run.phase is TaskPhase.SUCCEEDED and run.later_success is None
             if run.more is None and cutoffs.is_idle(run.finished_at):
                 small[run.task_id] = None
             if cutoffs.is_old(run.phase, run.finished_at) and run.attempt < (run.floor or 0) and not is_needed:
                 due[run.task_id, run.attempt] = None
-    idle = sorted(_idle(connection, list(small)[:SLICE], cutoffs))
-    keys = sorted(due)[:SLICE]
+    idle, keys = sorted(_idle(connection, small, cutoffs)), sorted(due)
     if not (keys or idle):
         return 0
     connection.rollback()
@@ -206,7 +211,7 @@ def tidy(connection: Connection, retention: Retention, task_id: str) -> int:
 
 
 def turns_of(events: Sequence[Event], effects: Sequence[Effect]) -> list[str]:
-    """Return the tasks after which a database that prunes itself does so when it has recorded events: few at a time.
+    """Return the tasks for which a database that prunes itself does so when it has recorded events: few at a time.
 
     Every run ends once, so the ends are counted, also of those whose start nobody saw.
     """

@@ -424,8 +424,20 @@ def runs_started(*, until: datetime, since: datetime | None = None, limit: int) 
     return query if since is None else query.where(_C.started_at >= since)
 
 
-def with_standing(page: Select[Any], *, before: datetime, keep: int, reach: int) -> Select[Any]:
-    """Select the runs of a page that ended before a moment, each with what decides whether its task still needs it.
+def with_standing(
+    page: Select[Any],
+    *,
+    succeeded: datetime | None,
+    others: datetime | None,
+    idle: datetime | None,
+    keep: int,
+    reach: int,
+    limit: int,
+) -> Select[Any]:
+    """Select the runs of a page that are old or of an idle task, with what decides whether their task still needs them.
+
+    The moments are those before which succeeded runs, the others, and all those of an idle task have ended. Most of
+    what is looked at is left out here already, at a tenth of what it costs to hand it over.
 
     ``floor`` is the attempt of the task's ``keep``-th newest run, ``more`` is that of the second one below it, both
     null if there is none, and ``later_success``, of a succeeded run, another within the next ``reach`` attempts. Scalar
@@ -441,12 +453,17 @@ def with_standing(page: Select[Any], *, before: datetime, keep: int, reach: int)
     following = and_(other.c.attempt > run.c.attempt, other.c.attempt <= run.c.attempt + reach)
     success = select(other.c.attempt).where(following, other.c.phase == TaskPhase.SUCCEEDED)
     is_success = run.c.phase == TaskPhase.SUCCEEDED
-    return select(
+    ages = ((is_success, succeeded), (~is_success, others), (true(), idle))
+    old = [and_(condition, run.c.finished_at < moment) for condition, moment in ages if moment is not None]
+    standing = select(
         run,
         one(newest.offset(keep - 1), "floor"),
         one(newest.offset(keep + 1), "more"),
         case((is_success, one(success, "next"))).label("later_success"),
-    ).where(run.c.finished_at < before)
+    ).where(or_(*old))
+    found = standing.subquery("standing")
+    is_small = and_(found.c.more.is_(None), found.c.finished_at < idle) if idle is not None else false()
+    return select(found).where(or_(found.c.attempt < found.c.floor, is_small)).limit(limit)
 
 
 @cache
