@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Connection, Select, Table, create_engine, insert, select, text
 from sqlalchemy.pool import NullPool
 
-from taskruns import schema, statements
+from taskruns import pruning_statements, schema, statements
 from taskruns.model import TaskPhase
 from taskruns.url import parse_url
 
@@ -42,11 +42,11 @@ READERS: dict[str, tuple[Select[Any], dict[str, str]]] = {
         {"sqlite": "ix_task_runs_problems", "postgresql": "ix_task_runs_problems", "mariadb": "ix_task_runs_finished"},
     ),
     "what a pass prunes next": (
-        statements.runs_of_preceding_tasks("task 3", limit=500),
+        pruning_statements.runs_of_preceding_tasks("task 3", limit=500),
         {"sqlite": "PRIMARY KEY (task_id<?)", "postgresql": "pk_task_runs", "mariadb": "PRIMARY"},
     ),
     "what started first": (
-        statements.runs_started(until=START + timedelta(days=3), limit=500),
+        pruning_statements.runs_started(until=START + timedelta(days=3), limit=500),
         dict.fromkeys(("sqlite", "postgresql", "mariadb"), "ix_task_runs_started"),
     ),
     "what ran in a time window": (

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from taskruns import engine, statements
+from taskruns import engine, pruning_statements, statements
 from taskruns.events import Event
 from taskruns.model import MAX_ATTEMPT, TaskPhase, checked_attempt, checked_name
 from taskruns.retention import TURN, Cutoffs, Retention
@@ -114,9 +114,9 @@ class Pruning:
     def _page(self, connection: Connection) -> Sequence[Any]:
         place, page = self._place, list[Any]()
         if place.task_id is not None:
-            page += connection.execute(statements.older_runs(place.task_id, place.attempt, limit=BATCH)).all()
+            page += connection.execute(pruning_statements.older_runs(place.task_id, place.attempt, limit=BATCH)).all()
         if len(page) < BATCH and not self._is_single:
-            preceding = statements.runs_of_preceding_tasks(place.task_id, limit=BATCH - len(page))
+            preceding = pruning_statements.runs_of_preceding_tasks(place.task_id, limit=BATCH - len(page))
             page += connection.execute(preceding).all()
         return page
 
@@ -177,12 +177,14 @@ def tidy(connection: Connection, retention: Retention, task_ids: Sequence[str]) 
     if before is None:
         return 0
     keep = max(retention.keep, 1)
-    pages = [statements.first_runs(checked_name(task, "task id"), limit=BATCH) for task in dict.fromkeys(task_ids)]
-    oldest = connection.execute(statements.runs_started(until=before, limit=1)).first()
+    pages = [
+        pruning_statements.first_runs(checked_name(task, "task id"), limit=BATCH) for task in dict.fromkeys(task_ids)
+    ]
+    oldest = connection.execute(pruning_statements.runs_started(until=before, limit=1)).first()
     if oldest is not None:
         moment = oldest.started_at + _random.random() * (before - oldest.started_at)
         limit = BATCH * len(task_ids)
-        pages += [statements.runs_started(until=before, since=since, limit=limit) for since in (None, moment)]
+        pages += [pruning_statements.runs_started(until=before, since=since, limit=limit) for since in (None, moment)]
     due: dict[Key, None] = {}
     small: dict[str, None] = {}
     most = SLICE * len(task_ids)
@@ -191,7 +193,7 @@ def tidy(connection: Connection, retention: Retention, task_ids: Sequence[str]) 
         left = most - len(due) - len(small)
         if left <= 0:
             break
-        query = statements.with_standing(page, **asdict(cutoffs), keep=keep, reach=REACH, limit=left)
+        query = pruning_statements.with_standing(page, **asdict(cutoffs), keep=keep, reach=REACH, limit=left)
         for run in connection.execute(query):
             is_needed = run.phase is TaskPhase.SUCCEEDED and run.later_success is None
             if run.more is None and cutoffs.is_idle(run.finished_at):
@@ -206,7 +208,7 @@ def tidy(connection: Connection, retention: Retention, task_ids: Sequence[str]) 
         count = _delete(connection, keys, before) if keys else 0
         if idle := sorted(_idle(connection, idle, cutoffs)):  # as it is now
             whole = [{"of_task": task, "before": cutoffs.idle} for task in idle]
-            count += connection.execute(statements.delete_runs(), whole).rowcount
+            count += connection.execute(pruning_statements.delete_runs(), whole).rowcount
     return count
 
 
@@ -231,13 +233,13 @@ def _idle(connection: Connection, tasks: Iterable[str], cutoffs: Cutoffs) -> set
     idle = set(tasks)
     if idle:
         given = {"task_ids": sorted(idle), "since": cutoffs.idle}
-        idle -= set(connection.scalars(statements.busy_tasks(), given))
+        idle -= set(connection.scalars(pruning_statements.busy_tasks(), given))
     return idle
 
 
 def _delete(connection: Connection, keys: Iterable[Key], before: datetime | None) -> int:
     values = [{"of_task": task_id, "of_attempt": attempt, "before": before} for task_id, attempt in keys]
-    return connection.execute(statements.delete_run(), values).rowcount
+    return connection.execute(pruning_statements.delete_run(), values).rowcount
 
 
 class Forgetting:
@@ -250,13 +252,13 @@ class Forgetting:
         self._task_id = checked_name(task_id, "task id")
         self._first = 1 if attempt is None else checked_attempt(attempt)
         self._attempt = attempt
-        self._statement = statements.forget_errors(REMOVED) if error_only else statements.forget_runs()
+        self._statement = pruning_statements.forget_errors(REMOVED) if error_only else pruning_statements.forget_runs()
 
     def step(self, connection: Connection, _lost: bool) -> None:  # noqa: FBT001  (as a history calls it)
         """Go on with the next runs, oldest first: a number is not given again before all are gone."""
         is_sqlite = connection.dialect.name == "sqlite"
         given = {"of_task": self._task_id, "first": self._first, "most": BATCH}
-        last = connection.scalar(statements.last_of_range(), given) if self._attempt is None else self._attempt
+        last = connection.scalar(pruning_statements.last_of_range(), given) if self._attempt is None else self._attempt
         if last is None or last < self._first:
             self.is_done = True
             if is_sqlite:

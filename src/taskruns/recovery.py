@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Row
 
-from taskruns import engine, statements
+from taskruns import engine, supervisor_statements
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.times import rfc3339
@@ -38,7 +38,7 @@ class Losses:
 
 def supervisors(connection: Connection) -> list[Supervisor]:
     """Return who is registered, in the order they came."""
-    return list(map(_supervisor, connection.execute(statements.all_supervisors(connection.dialect.name))))
+    return list(map(_supervisor, connection.execute(supervisor_statements.all_supervisors(connection.dialect.name))))
 
 
 def _supervisor(row: Row[Any]) -> Supervisor:
@@ -62,13 +62,13 @@ def find_losses(
     dead = {known.id: known for known in supervisors(connection) if known.is_dead(here, stale_after)}
     losses = []
     for ids in _portions(supervisor.id for supervisor in dead.values() if supervisor.active_runs):
-        for row in connection.execute(statements.runs_of_supervisors(ids)):
+        for row in connection.execute(supervisor_statements.runs_of_supervisors(ids)):
             run = run_of(row)
             assert run.supervisor_id is not None  # noqa: S101  (for mypy: it was asked for)
             supervisor = dead[run.supervisor_id]
             losses.append(Loss(ended(run, supervisor.process, supervisor.heartbeat_at), supervisor))
     if unsupervised_after is not None:
-        for now, *values in connection.execute(statements.unsupervised_runs(connection.dialect.name)):
+        for now, *values in connection.execute(supervisor_statements.unsupervised_runs(connection.dialect.name)):
             run = TaskRun(*values)
             if (now - run.started_at).total_seconds() > unsupervised_after:
                 losses.append(Loss(ended(run, None, run.started_at)))
@@ -84,12 +84,14 @@ def ended(run: TaskRun, watcher: Process | None, last_seen: datetime) -> TaskRun
 
 def remember(connection: Connection, number: int, source: str, process: Process) -> None:
     """Register a supervisor for its process, in the caller's transaction, unless it is registered."""
-    if connection.execute(statements.get_supervisor(), {"watcher": number}).first() is None:
-        connection.execute(statements.beat(connection.dialect.name), supervisor_values(number, source, process))
+    if connection.execute(supervisor_statements.get_supervisor(), {"watcher": number}).first() is None:
+        connection.execute(
+            supervisor_statements.beat(connection.dialect.name), supervisor_values(number, source, process)
+        )
 
 
 def supervisor_values(number: int, source: str, process: Process) -> dict[str, Any]:
-    """Return the parameters of ``statements.beat``."""
+    """Return the parameters of ``supervisor_statements.beat``."""
     return {
         "id": number,
         "source": source,
@@ -112,13 +114,15 @@ def close(connection: Connection, losses: Iterable[Loss]) -> list[TaskRun]:
 def _close(connection: Connection, loss: Loss) -> bool:
     run, supervisor = loss.run, loss.supervisor
     key = key_of(run.task_id, run.attempt)
-    if connection.execute(statements.lock_active(), key).first() is None:
+    if connection.execute(supervisor_statements.lock_active(), key).first() is None:
         return False
     values = key | {"end": run.finished_at, "why": run.error}
     if supervisor is not None:
         values |= {"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at}
-    watched = statements.Watched.BY_NOBODY if supervisor is None else statements.Watched.BY_THE_DEAD
-    return bool(connection.execute(statements.recover_run(watched), values).rowcount)
+    watched = (
+        supervisor_statements.Watched.BY_NOBODY if supervisor is None else supervisor_statements.Watched.BY_THE_DEAD
+    )
+    return bool(connection.execute(supervisor_statements.recover_run(watched), values).rowcount)
 
 
 def recover(
@@ -151,7 +155,7 @@ def remove_idle(connection: Connection, here: Process, *, stale_after: float | N
         with engine.transaction(connection):
             for supervisor in some:
                 given = {"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at}
-                connection.execute(statements.remove_silent_supervisor(), given)
+                connection.execute(supervisor_statements.remove_silent_supervisor(), given)
 
 
 def _portions(values: Iterable[T]) -> Iterator[list[T]]:

@@ -5,13 +5,11 @@ Those of the write path take their values as bound parameters, so each is built 
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
-from enum import Enum, auto
 from functools import cache
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Delete,
     Insert,
     Integer,
     Select,
@@ -20,7 +18,6 @@ from sqlalchemy import (
     bindparam,
     case,
     column,
-    delete,
     exists,
     false,
     func,
@@ -34,23 +31,21 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 
 from taskruns.model import MAX_ATTEMPT, TaskPhase
-from taskruns.schema import UTCDateTime, supervisors, task_runs
+from taskruns.schema import UTCDateTime, task_runs
 
 _T = task_runs
 _C = task_runs.c
-_S = supervisors.c
-_WATCHER = bindparam("watcher", type_=_S.id.type)
-_KEY = [_C.task_id, _C.attempt]
+KEY = [_C.task_id, _C.attempt]
 _START = ("source", "submission", "source_attempt")
 _GIVEN = ("task_id", "started_at", *_START, "supervisor_id")
 
 COLUMNS = tuple(_T.columns)
 
 # The names differ from the columns' own, which an UPDATE keeps for the values it sets.
-_THE_RUN = (
+THE_RUN = (
     _C.task_id == bindparam("of_task", type_=_C.task_id.type),
     _C.attempt == bindparam("of_attempt", type_=_C.attempt.type),
 )
@@ -80,9 +75,9 @@ def open_run(dialect: str, *, numbered: bool, returning: bool) -> Insert:
     columns = [*_GIVEN, "attempt", "phase"]
     insertion: Insert
     if dialect == "postgresql":
-        insertion = postgresql.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=_KEY)
+        insertion = postgresql.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
     elif dialect == "sqlite":
-        insertion = sqlite.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=_KEY)
+        insertion = sqlite.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
     else:
         insertion = insert(_T).from_select(columns, values)
     return insertion.returning(_C.attempt) if returning else insertion
@@ -110,7 +105,7 @@ def close_run(*, returning: bool) -> Update:
     finished_at = bindparam("end", type_=_C.finished_at.type)
     closing = (
         update(_T)
-        .where(*_THE_RUN, or_(_C.finished_at.is_(None), _C.recovered))
+        .where(*THE_RUN, or_(_C.finished_at.is_(None), _C.recovered))
         .values(
             phase=bindparam("to", type_=_C.phase.type),
             finished_at=case((_C.started_at > finished_at, _C.started_at), else_=finished_at),
@@ -131,17 +126,8 @@ def refine_run(phase: TaskPhase) -> Update:
     else:
         lower = [TaskPhase.FAILED, TaskPhase.EXHAUSTED]
         error, exit_code = func.coalesce(why, _C.error), func.coalesce(code, _C.exit_code)
-    refining = update(_T).where(*_THE_RUN, _C.phase.in_(lower), not_(_C.recovered))
+    refining = update(_T).where(*THE_RUN, _C.phase.in_(lower), not_(_C.recovered))
     return refining.values(phase=literal(phase, _C.phase.type), error=error, exit_code=exit_code)
-
-
-class Watched(Enum):
-    """How a run is watched over that is to be recovered."""
-
-    BY_NOBODY = auto()
-    BY_A_SUPERVISOR = auto()
-    BY_THE_DEAD = auto()
-    """A supervisor that has not beaten meanwhile."""
 
 
 def clock(dialect: str) -> ColumnElement[datetime]:
@@ -154,98 +140,9 @@ def clock(dialect: str) -> ColumnElement[datetime]:
 
 
 @cache
-def beat(dialect: str) -> Insert:
-    """Renew a supervisor's heartbeat; insert the supervisor if it is not there."""
-    given: dict[str, Any] = {column.name: bindparam(column.name, type_=column.type) for column in _S}
-    given |= {"started_at": clock(dialect), "heartbeat_at": clock(dialect)}
-    renewed = {"heartbeat_at": clock(dialect)}
-    if dialect == "postgresql":
-        return postgresql.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
-    if dialect == "sqlite":
-        return sqlite.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
-    return mysql.insert(supervisors).values(given).on_duplicate_key_update(renewed)
-
-
-@cache
-def get_supervisor() -> Select[Any]:
-    """Select a supervisor."""
-    return select(*_S).where(_S.id == _WATCHER)
-
-
-@cache
-def all_supervisors(dialect: str) -> Select[Any]:
-    """Select the supervisors, each with the database's time and the number of its active runs."""
-    active = (
-        select(_C.supervisor_id, func.count().label("number"))
-        .where(_C.finished_at.is_(None))
-        .group_by(_C.supervisor_id)
-        .subquery("active")
-    )
-    number = func.coalesce(active.c.number, 0)
-    query = select(*_S, clock(dialect), number).outerjoin(active, active.c.supervisor_id == _S.id)
-    return query.order_by(_S.started_at, _S.id)
-
-
-def runs_of_supervisors(ids: Collection[int]) -> Select[Any]:
-    """Select the active runs of some supervisors."""
-    return select(*COLUMNS).where(_C.finished_at.is_(None), _C.supervisor_id.in_(ids)).order_by(*_KEY)
-
-
-@cache
-def unsupervised_runs(dialect: str) -> Select[Any]:
-    """Select the database's time and the active runs that no known supervisor watches over."""
-    unknown = not_(exists().where(_S.id == _C.supervisor_id))
-    return select(clock(dialect), *COLUMNS).where(_C.finished_at.is_(None), unknown).order_by(*_KEY)
-
-
-_UNMOVED = (_S.id == _WATCHER, _S.heartbeat_at == bindparam("last_beat", type_=_S.heartbeat_at.type))
-
-
-@cache
-def recover_run(watched: Watched) -> Update:
-    """Close an active run with an inferred outcome, if it is watched over in this way."""
-    end = bindparam("end", type_=_C.finished_at.type)
-    recovering = update(_T).where(*_THE_RUN, _C.finished_at.is_(None))
-    if watched is not Watched.BY_NOBODY:
-        recovering = recovering.where(_C.supervisor_id.is_not_distinct_from(_WATCHER))
-    if watched is Watched.BY_THE_DEAD:
-        recovering = recovering.where(exists().where(*_UNMOVED))
-    return recovering.values(
-        phase=literal(TaskPhase.FAILED, _C.phase.type),
-        finished_at=case((_C.started_at > end, _C.started_at), else_=end),
-        error=bindparam("why", type_=_C.error.type),
-        recovered=true(),
-    )
-
-
-@cache
-def lock_active() -> Select[Any]:
-    """Select an active run and lock it; nothing if somebody else has, or it is active no more."""
-    return select(_C.attempt).where(*_THE_RUN, _C.finished_at.is_(None)).with_for_update(skip_locked=True)
-
-
-@cache
-def active_keys() -> Select[Any]:
-    """Select the keys of a supervisor's active runs."""
-    return select(*_KEY).where(_C.finished_at.is_(None), _C.supervisor_id == _WATCHER)
-
-
-@cache
-def remove_supervisor() -> Delete:
-    """Delete a supervisor."""
-    return delete(supervisors).where(_S.id == _WATCHER)
-
-
-@cache
-def remove_silent_supervisor() -> Delete:
-    """The same, unless it has beaten meanwhile."""
-    return delete(supervisors).where(*_UNMOVED)
-
-
-@cache
 def get_run() -> Select[Any]:
     """Select a run by its key."""
-    return select(*COLUMNS).where(*_THE_RUN)
+    return select(*COLUMNS).where(*THE_RUN)
 
 
 _AMENDED = ("phase", "started_at", "finished_at", "error", "exit_code", "recovered", "start_inferred")
@@ -257,7 +154,7 @@ def amend_run() -> Update:
     was_phase = bindparam("was_phase", type_=_C.phase.type)
     was_recovered = bindparam("was_recovered", type_=_C.recovered.type)
     values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in _AMENDED}
-    return update(_T).where(*_THE_RUN, _C.phase == was_phase, _C.recovered == was_recovered).values(values)
+    return update(_T).where(*THE_RUN, _C.phase == was_phase, _C.recovered == was_recovered).values(values)
 
 
 @cache
@@ -333,13 +230,13 @@ def following_runs(task_id: str, attempt: int, *, limit: int) -> Select[Any]:
 
 def runs_of_following_tasks(task_id: str | None, *, limit: int) -> Select[Any]:
     """Select the runs of the tasks after this one, or of all, in order."""
-    query = select(*COLUMNS).order_by(*_KEY).limit(limit)
+    query = select(*COLUMNS).order_by(*KEY).limit(limit)
     return query if task_id is None else query.where(_C.task_id > task_id)
 
 
 def active_runs(task_id: str | None = None) -> Select[Any]:
     """Select the active runs, of one task or of all, in the order they started."""
-    query = select(*COLUMNS).where(_C.finished_at.is_(None)).order_by(_C.started_at, *_KEY)
+    query = select(*COLUMNS).where(_C.finished_at.is_(None)).order_by(_C.started_at, *KEY)
     return query if task_id is None else query.where(_C.task_id == task_id)
 
 
@@ -395,118 +292,6 @@ def _grouped(limit: int | None, after: str | None) -> Select[Any]:
         last = last.order_by(newest.c.task_id).limit(limit)
     key = last.subquery("last")
     return select(*COLUMNS).join(key, and_(_C.task_id == key.c.task_id, _C.attempt == key.c.attempt))
-
-
-_JUDGED = (_C.task_id, _C.attempt, _C.phase, _C.finished_at)
-_BEFORE = _C.finished_at < bindparam("before", type_=_C.finished_at.type)
-
-
-def older_runs(task_id: str, attempt: int, *, limit: int) -> Select[Any]:
-    """Select what a policy judges of the task's runs before an attempt, newest first."""
-    query = select(*_JUDGED).where(_C.task_id == task_id, _C.attempt < attempt)
-    return query.order_by(_C.attempt.desc()).limit(limit)
-
-
-def runs_of_preceding_tasks(task_id: str | None, *, limit: int) -> Select[Any]:
-    """Select the same of the tasks before this one, or of all, the last task and its newest run first."""
-    query = select(*_JUDGED).order_by(_C.task_id.desc(), _C.attempt.desc()).limit(limit)
-    return query if task_id is None else query.where(_C.task_id < task_id)
-
-
-def first_runs(task_id: str, *, limit: int) -> Select[Any]:
-    """Select the same of the task's runs with the lowest numbers."""
-    return select(*_JUDGED).where(_C.task_id == task_id).order_by(_C.attempt).limit(limit)
-
-
-def runs_started(*, until: datetime, since: datetime | None = None, limit: int) -> Select[Any]:
-    """Select the same, and the start, of the runs that started earliest, since a moment and before another."""
-    query = select(*_JUDGED, _C.started_at).where(_C.started_at < until).order_by(_C.started_at).limit(limit)
-    return query if since is None else query.where(_C.started_at >= since)
-
-
-def with_standing(
-    page: Select[Any],
-    *,
-    succeeded: datetime | None,
-    others: datetime | None,
-    idle: datetime | None,
-    keep: int,
-    reach: int,
-    limit: int,
-) -> Select[Any]:
-    """Select the runs of a page that are old or of an idle task, with what decides whether their task still needs them.
-
-    The moments are those before which succeeded runs, the others, and all those of an idle task have ended. Most of
-    what is looked at is left out here already, at a tenth of what it costs to hand it over.
-
-    ``floor`` is the attempt of the task's ``keep``-th newest run, ``more`` is that of the second one below it, both
-    null if there is none, and ``later_success``, of a succeeded run, another within the next ``reach`` attempts. Scalar
-    subqueries with a LIMIT: each is a few steps along the key, and no optimizer makes a join of whole tables of them.
-    """
-    run, other = page.subquery("run"), _T.alias("other")
-    same_task = other.c.task_id == run.c.task_id
-
-    def one(query: Select[Any], name: str) -> ColumnElement[Any]:
-        return query.where(same_task).limit(1).correlate(run).scalar_subquery().label(name)
-
-    newest = select(other.c.attempt).order_by(other.c.attempt.desc())
-    following = and_(other.c.attempt > run.c.attempt, other.c.attempt <= run.c.attempt + reach)
-    success = select(other.c.attempt).where(following, other.c.phase == TaskPhase.SUCCEEDED)
-    is_success = run.c.phase == TaskPhase.SUCCEEDED
-    ages = ((is_success, succeeded), (~is_success, others), (true(), idle))
-    old = [and_(condition, run.c.finished_at < moment) for condition, moment in ages if moment is not None]
-    standing = select(
-        run,
-        one(newest.offset(keep - 1), "floor"),
-        one(newest.offset(keep + 1), "more"),
-        case((is_success, one(success, "next"))).label("later_success"),
-    ).where(or_(*old))
-    found = standing.subquery("standing")
-    is_small = and_(found.c.more.is_(None), found.c.finished_at < idle) if idle is not None else false()
-    return select(found).where(or_(found.c.attempt < found.c.floor, is_small)).limit(limit)
-
-
-@cache
-def busy_tasks() -> Select[Any]:
-    """Select those of some tasks that have an active run, or one that ended since a moment."""
-    some = _C.task_id.in_(bindparam("task_ids", expanding=True))
-    since = _C.finished_at >= bindparam("since", type_=_C.finished_at.type)
-    return select(_C.task_id).distinct().where(some, or_(_C.finished_at.is_(None), since))
-
-
-@cache
-def delete_run() -> Delete:
-    """Delete a run, unless it is active or has got a later end meanwhile."""
-    return delete(_T).where(*_THE_RUN, _BEFORE)
-
-
-@cache
-def delete_runs() -> Delete:
-    """Delete all of a task's runs that ended before a moment."""
-    return delete(_T).where(_THE_RUN[0], _BEFORE)
-
-
-_RANGE = _C.attempt.between(bindparam("first", type_=_C.attempt.type), bindparam("last", type_=_C.attempt.type))
-
-
-@cache
-def last_of_range() -> Select[Any]:
-    """Select the highest of some of a task's attempts, the lowest ones from a given one on."""
-    least, most = bindparam("first", type_=_C.attempt.type), bindparam("most", type_=Integer)
-    some = select(_C.attempt).where(_THE_RUN[0], _C.attempt >= least).order_by(_C.attempt).limit(most).subquery()
-    return select(func.max(some.c.attempt))
-
-
-@cache
-def forget_runs() -> Delete:
-    """Delete the runs of a range of a task's attempts that have ended."""
-    return delete(_T).where(_THE_RUN[0], _RANGE, _C.finished_at.is_not(None))
-
-
-@cache
-def forget_errors(removed: str) -> Update:
-    """Replace the errors of a range of a task's attempts."""
-    return update(_T).where(_THE_RUN[0], _RANGE, _C.error != removed).values(error=removed)
 
 
 def citus() -> Select[Any]:

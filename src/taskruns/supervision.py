@@ -13,7 +13,7 @@ from typing import Self
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from taskruns import engine, recovery, statements
+from taskruns import engine, recovery, supervisor_statements
 from taskruns.errors import RunClosedError, RunNotFoundError
 from taskruns.events import Event
 from taskruns.liveness import ID_BITS, Process
@@ -111,7 +111,7 @@ class Supervision:
         if self._process is None:
             self._process = Process.here()
         values = recovery.supervisor_values(self._id, self._source, self._process)
-        connection.execute(statements.beat(connection.dialect.name), values)
+        connection.execute(supervisor_statements.beat(connection.dialect.name), values)
 
     def beaten(self, at: float) -> None:
         """Take note of a sign of life that was committed."""
@@ -154,7 +154,7 @@ class Supervision:
                 with engine.transaction(connection):
                     run = close_alone(connection, task_id, attempt, outcome, lost=lost)
                     if self._is_last(task_id, attempt):
-                        connection.execute(statements.remove_supervisor(), {"watcher": self._id})
+                        connection.execute(supervisor_statements.remove_supervisor(), {"watcher": self._id})
                 self._beaten_at = None
         except (RunClosedError, RunNotFoundError):
             self.closed(task_id, attempt)
@@ -233,7 +233,9 @@ class Supervision:
                 began_at = _clock()
                 with own.connect() as connection:
                     self.tell(connection)
-                    active = set(connection.execute(statements.active_keys(), {"watcher": self._id}).tuples())
+                    active = set(
+                        connection.execute(supervisor_statements.active_keys(), {"watcher": self._id}).tuples()
+                    )
                 self._beaten_at = began_at
                 for task_id, attempt in watched - active:  # closed by somebody else
                     self.closed(task_id, attempt)

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from taskruns import engine, statements
+from taskruns import engine, statements, supervisor_statements
 from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
 from taskruns.model import MAX_ATTEMPT, RANK, SUPERSEDED, Outcome, TaskRun, checked_attempt, checked_name
 from taskruns.retrying import is_conflict
@@ -92,7 +92,8 @@ def supersede(connection: Connection, run: TaskRun, attempts: Collection[int]) -
         if attempt != run.attempt:
             values = {"end": run.started_at, "why": SUPERSEDED, "watcher": run.supervisor_id}
             connection.execute(
-                statements.recover_run(statements.Watched.BY_A_SUPERVISOR), key_of(run.task_id, attempt) | values
+                supervisor_statements.recover_run(supervisor_statements.Watched.BY_A_SUPERVISOR),
+                key_of(run.task_id, attempt) | values,
             )
 
 
