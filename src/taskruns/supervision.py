@@ -153,9 +153,11 @@ class Supervision:
             else:
                 with engine.transaction(connection):
                     run = close_alone(connection, task_id, attempt, outcome, lost=lost)
-                    if self._is_last(task_id, attempt):
+                    is_last = self._is_last(task_id, attempt)
+                    if is_last:
                         connection.execute(supervisor_statements.remove_supervisor(), {"watcher": self._id})
-                self._beaten_at = None
+                if is_last:  # whoever opens more is another one: the heart may have beaten just now
+                    self._id, self._beaten_at = _random.getrandbits(ID_BITS), None
         except (RunClosedError, RunNotFoundError):
             self.closed(task_id, attempt)
             raise
@@ -230,13 +232,13 @@ class Supervision:
             interval = min(self._interval, HEARTBEAT)
             own = own or engine.create(self._url)
             try:
-                began_at = _clock()
+                began_at, number = _clock(), self._id
                 with own.connect() as connection:
                     self.tell(connection)
-                    active = set(
-                        connection.execute(supervisor_statements.active_keys(), {"watcher": self._id}).tuples()
-                    )
-                self._beaten_at = began_at
+                    own_runs = connection.execute(supervisor_statements.active_keys(), {"watcher": number})
+                    active = {(task_id, attempt) for task_id, attempt in own_runs}
+                if number == self._id:
+                    self._beaten_at = began_at
                 for task_id, attempt in watched - active:  # closed by somebody else
                     self.closed(task_id, attempt)
             except Exception:  # noqa: BLE001  (the next beat may do better)

@@ -100,7 +100,7 @@ def _opened(found: Database) -> TaskRunHistory:
     found.require()
     with found.options_checked():
         history = TaskRunHistory.connect(found.url)
-        history.check_version()
+        history.prepare()
     return history
 
 

@@ -99,6 +99,8 @@ def recover_command(stale_after: float, unsupervised: float | None, dry_run: boo
     found = database()
     found.require()
     with found.options_checked(), found.reading() if dry_run else TaskRunHistory.connect(found.url) as history:
+        if not dry_run:
+            history.prepare()
         runs = history.recover(stale_after=stale_after, unsupervised_after=unsupervised, dry_run=dry_run)
     if as_json:
         for run in runs:
