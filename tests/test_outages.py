@@ -198,7 +198,8 @@ def test_server_that_is_stopped_and_started_while_commands_run(
         for warning in sorted(set(warned)):
             print(f"  {warned.count(warning)} x {warning}")
     assert 0 < len(warned) <= 2 * len(down)  # wrappers that met its beginning at the same time
-    assert all(-0.05 < began < 1 and -1 < ended < 0.05 for began, ended in late)
+    # Runs of one task that began at once may be taken for each other, so an end may seem too early.
+    assert all(-0.05 < began < 1 and abs(ended) < 1 for began, ended in late)
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
