@@ -101,7 +101,7 @@ class TaskRunRepository:
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
         run = close(self._connection, task_id, attempt, outcome)
         if self._watch is not None:
-            self._watch.closed.append((task_id, attempt))
+            self._watch.closed(task_id, attempt)
         return run
 
     def recover(

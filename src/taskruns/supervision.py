@@ -257,7 +257,9 @@ class Watch:
         self._is_brief = is_brief
         self._began_at: float | None = None
         self._opened: list[tuple[TaskRun, list[int]]] = []
-        self.closed: list[tuple[str, int]] = []
+        self._closed: list[tuple[str, int]] = []
+        self._here: dict[str, dict[int, TaskRun]] = {}  # those that are opened, and neither closed nor superseded
+        self._gone: set[tuple[str, int]] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -279,22 +281,34 @@ class Watch:
 
     def superseded_by(self, start: Start) -> list[int]:
         """Return the attempts that a start shows to be over, those of this transaction too."""
-        here = [run for run, _ in self._opened if run.task_id == start.run.task_id]
-        if start.numbered and any(run.attempt == start.run.attempt for run in here):
+        task_id, gone = start.run.task_id, self._gone
+        here = self._here.get(task_id, {})
+        if start.numbered and start.run.attempt in here:
             return []  # told again
-        earlier = [run.attempt for run in here if run.started_at < start.run.started_at]
-        return [*self._supervision.superseded_by(start), *earlier]
+        earlier = [run.attempt for run in here.values() if run.started_at < start.run.started_at]
+        known = self._supervision.superseded_by(start)
+        return earlier + [attempt for attempt in known if (task_id, attempt) not in gone]
 
     def opened(self, run: TaskRun, superseded: list[int]) -> None:
         """Take note of a run that was opened, and of those that it has superseded."""
         self._opened.append((run, superseded))
+        here = self._here.setdefault(run.task_id, {})
+        here[run.attempt] = run
+        for attempt in superseded:
+            here.pop(attempt, None)
+            self._gone.add((run.task_id, attempt))
+
+    def closed(self, task_id: str, attempt: int) -> None:
+        """Take note of a run that was closed."""
+        self._closed.append((task_id, attempt))
+        self._here.get(task_id, {}).pop(attempt, None)
 
     def _take_over(self) -> None:
         if self._is_brief and self._began_at is not None:
             self._supervision.beaten(self._began_at)
         for run, superseded in self._opened:
             self._supervision.opened(run, superseded=superseded)
-        for task_id, attempt in self.closed:
+        for task_id, attempt in self._closed:
             self._supervision.closed(task_id, attempt)
 
 
