@@ -469,7 +469,7 @@ def test_threads_share_a_spool(kept_sqlite: Kept) -> None:
 
 
 def test_go_that_runs_out_of_time_is_gone_on_with(kept_sqlite: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replaying, "_LINES", 3)
+    monkeypatch.setattr(replaying, "_LINES_OF_RUNS", 3)
     die_with_open_start(kept_sqlite.database)
     for number in range(10, 15):
         kept_sqlite.add(number, number + 1)

@@ -70,7 +70,10 @@ def directory() -> Path:
         return Path(of_unit.split(":")[0]) / "taskruns" / "spool"
     from platformdirs import user_state_path  # noqa: PLC0415  (only where it is asked for)
 
-    path = user_state_path("taskruns") / "spool"
+    try:
+        path = user_state_path("taskruns") / "spool"
+    except RuntimeError:
+        path = Path()
     if not path.is_absolute():
         raise OSError(errno.ENOENT, "there is no home directory: name one by TASKRUNS_STATE_DIR")
     return path

@@ -13,6 +13,7 @@ import click
 from platformdirs import user_data_path
 from sqlalchemy import URL
 
+from taskruns.errors import SchemaVersionError
 from taskruns.history import TaskRunHistory
 from taskruns.retention import EMBEDDED, Retention
 from taskruns.url import hide_password, is_file, parse_name, parse_url
@@ -70,6 +71,19 @@ class Database:
             history = opened.enter_context(TaskRunHistory.connect(self.url, read_only=True, retry_for=1.0))
             history.check_version()  # the first connection, where drivers find what they cannot use
             opened.pop_all()
+        return history
+
+    def looking_after(self) -> TaskRunHistory:
+        """Open the history to change what is there: its tables are upgraded where needed, but none are made."""
+        self.require()
+        with self.options_checked():
+            history = TaskRunHistory.connect(self.url)
+            try:
+                history.check_version()
+            except SchemaVersionError as error:
+                if error.found is None:
+                    raise
+                history.prepare()
         return history
 
     @contextmanager

@@ -159,7 +159,17 @@ def configuration(option: str | None, found: list[Database]) -> Findings:
         if not winner:
             yield Finding("configuration", "problem", error.format_message())
         return
-    default = Database.default()
+    yield from _default(winner, found)
+
+
+def _default(winner: str, found: list[Database]) -> Findings:
+    """Say what is used where nothing is named, or that it is there and not used."""
+    try:
+        default = Database.default()
+    except click.ClickException as error:  # its retention cannot be read
+        if not winner:
+            yield Finding("configuration", "problem", error.format_message(), "correct or remove it")
+        return
     if not winner:
         found.append(default)
         yield Finding("database", "ok", f"{default} (the default)")
@@ -171,8 +181,8 @@ def state_directory() -> Findings:
     """Say whether this user may keep what cannot be written into the database."""
     try:
         path = spool.directory()
-    except (OSError, RuntimeError) as error:  # no home directory
-        yield Finding("state", "problem", str(error), "name a directory by TASKRUNS_STATE_DIR")
+    except OSError as error:  # no home directory
+        yield Finding("state", "problem", str(error.strerror), "name a directory by TASKRUNS_STATE_DIR")
         return
     nearest = existing(path)
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):

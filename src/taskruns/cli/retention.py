@@ -5,11 +5,10 @@ import json
 import click
 
 from taskruns.cli import complain
-from taskruns.cli.discovery import Database, configured_retention, database, db_option
+from taskruns.cli.discovery import configured_retention, database, db_option
 from taskruns.cli.output import printable
 from taskruns.cli.progress import progress
 from taskruns.cli.task_id import TaskId
-from taskruns.history import TaskRunHistory
 from taskruns.model import MAX_ATTEMPT
 from taskruns.retention import EMBEDDED, Retention
 
@@ -51,7 +50,7 @@ def prune_command(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    with _opened(found) as history:
+    with found.looking_after() as history:
         with progress() as bar:
             done = 0
 
@@ -80,7 +79,7 @@ def forget_command(task: str, attempt: int | None, error_only: bool) -> int:
     For a secret in the text of an error, or a task id with a typo. Of an SQLite database nothing of it stays in the
     file; servers keep it in their logs and backups.
     """
-    with _opened(database()) as history:
+    with database().looking_after() as history:
         is_known = history.last_run(task) is not None
         if not is_known or (attempt is not None and history.get_run(task, attempt) is None):
             complain(f"no run of {printable(task if attempt is None or not is_known else f'{task} {attempt}')}")
@@ -93,15 +92,6 @@ def forget_command(task: str, attempt: int | None, error_only: bool) -> int:
     if left:
         complain(f"not deleted, since active: {_counted(len(left))} of {printable(task)}")
     return 1 if left else 0
-
-
-def _opened(found: Database) -> TaskRunHistory:
-    """Open a database that is there, to delete from it."""
-    found.require()
-    with found.options_checked():
-        history = TaskRunHistory.connect(found.url)
-        history.prepare()
-    return history
 
 
 def _counted(number: int, what: str = "run") -> str:

@@ -12,7 +12,6 @@ from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import Duration, readable
 from taskruns.cli.output import TASK_COLUMNS, print_json, print_rows, print_table, printable
-from taskruns.history import TaskRunHistory
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.times import rfc3339
 
@@ -97,10 +96,7 @@ def recover_command(stale_after: float, unsupervised: float | None, dry_run: boo
     outcome that comes later replaces the inferred one.
     """
     found = database()
-    found.require()
-    with found.options_checked(), found.reading() if dry_run else TaskRunHistory.connect(found.url) as history:
-        if not dry_run:
-            history.prepare()
+    with found.reading() if dry_run else found.looking_after() as history:
         runs = history.recover(stale_after=stale_after, unsupervised_after=unsupervised, dry_run=dry_run)
     if as_json:
         for run in runs:
