@@ -17,6 +17,13 @@ def upgrade() -> None:
         "supervisors",
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False, comment="A random number"),
         sa.Column("source", sa.String(255), nullable=False, comment="What it marks its runs with"),
+        sa.Column(
+            "stream",
+            sa.Boolean(),
+            nullable=False,
+            server_default=sa.false(),
+            comment="Whether it records what another process tells of its runs",
+        ),
         sa.Column("host", sa.String(255), nullable=False, comment="The name of its host"),
         sa.Column(
             "boot_id", sa.String(36), comment="The start of the host's kernel since which its process numbers hold"

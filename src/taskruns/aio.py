@@ -273,9 +273,9 @@ class AsyncTaskRunHistory:
             lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain)
         )
 
-    async def _register(self) -> None:
+    async def _register(self, *, stream: str | None = None) -> None:
         if self._supervision.is_new:
-            await self._call(lambda connection, _lost: self._supervision.register(connection))
+            await self._call(lambda connection, _lost: self._supervision.register(connection, stream=stream))
         elif self._supervision.is_due:
             await self._call(lambda connection, _lost: self._supervision.attend(connection))
 
@@ -316,7 +316,7 @@ class AsyncTaskRunHistory:
 
     async def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, in one transaction: see :meth:`taskruns.TaskRunHistory.record_events`."""
-        await self._register()
+        await self._register(stream=stream.source)
         effects = await self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
         if self.retention is not None:
             await self.tidy(*turns_of(events, effects))

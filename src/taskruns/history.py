@@ -186,10 +186,10 @@ class TaskRunHistory:
             lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain)
         )
 
-    def _register(self) -> None:
+    def _register(self, *, stream: str | None = None) -> None:
         """Register, or beat, if that is due."""
         if self._supervision.is_new:
-            self._call(lambda connection, _lost: self._supervision.register(connection))
+            self._call(lambda connection, _lost: self._supervision.register(connection, stream=stream))
         elif self._supervision.is_due:
             self._call(lambda connection, _lost: self._supervision.attend(connection))
 
@@ -233,7 +233,7 @@ class TaskRunHistory:
 
     def record_events(self, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, in one transaction, and return what each did; see :class:`EventRecorder`."""
-        self._register()
+        self._register(stream=stream.source)
         effects = self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
         if self.retention is not None:
             self.tidy(*turns_of(events, effects))
@@ -254,7 +254,7 @@ class TaskRunHistory:
         has ended, and what has a sign of life meanwhile, is never touched.
 
         Args:
-            stale_after: Seconds of silence that prove a death. None: only ended processes on this host do.
+            stale_after: Seconds of silence that prove a death. None: only of this host, as whatever records does.
             unsupervised_after: Also close runs that have no supervisor and started so many seconds ago: those that
                 were written by SQL, imported, or opened in a transaction of a host's own.
             dry_run: Only return what would be closed.

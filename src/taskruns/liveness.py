@@ -72,6 +72,8 @@ class Supervisor:
     id: int
     source: str
     """What it marks its runs with."""
+    stream: bool
+    """Whether it records what another process tells of its runs."""
     process: Process
     started_at: datetime
     """When it was registered, by the database's clock: UTC."""
@@ -85,11 +87,14 @@ class Supervisor:
     def is_dead(self, here: Process, stale_after: float | None = STALE_AFTER) -> bool:
         """Whether its process has ended or, where that cannot be seen, it has been silent for ``stale_after`` seconds.
 
-        None as ``stale_after``: silence proves nothing.
+        None as ``stale_after``: of other hosts silence proves nothing. Of this one it does, for the time before it was
+        started anew.
         """
         is_gone = self.process.is_gone(here)
-        if is_gone is not None or stale_after is None:
-            return bool(is_gone)
+        if is_gone is not None:
+            return is_gone
+        if stale_after is None:
+            return self.process.host == here.host and self.silence.total_seconds() > STALE_AFTER
         return self.silence.total_seconds() > stale_after
 
 

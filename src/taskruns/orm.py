@@ -42,6 +42,7 @@ class SupervisorRow(_Base):
     if TYPE_CHECKING:
         id: Mapped[int]
         source: Mapped[str]
+        stream: Mapped[bool]
         host: Mapped[str]
         boot_id: Mapped[str | None]
         pid_namespace: Mapped[int | None]

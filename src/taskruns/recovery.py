@@ -42,9 +42,8 @@ def supervisors(connection: Connection) -> list[Supervisor]:
 
 
 def _supervisor(row: Row[Any]) -> Supervisor:
-    number, source, host, boot_id, namespace, pid, process_started, started_at, heartbeat_at, now, active = tuple(row)
-    process = Process(host, boot_id, namespace, pid, process_started)
-    return Supervisor(number, source, process, started_at, heartbeat_at, now - heartbeat_at, active)
+    number, source, stream, *place, started_at, heartbeat_at, now, active = tuple(row)
+    return Supervisor(number, source, stream, Process(*place), started_at, heartbeat_at, now - heartbeat_at, active)
 
 
 def find_losses(
@@ -82,19 +81,30 @@ def ended(run: TaskRun, watcher: Process | None, last_seen: datetime) -> TaskRun
     return replace(lost, recovered=True)
 
 
+def adopt(connection: Connection, here: Process, number: int, source: str) -> None:
+    """Watch over the runs of a stream whose recorder is dead, by a transaction of its own: another one has come."""
+    streams = [known.id for known in supervisors(connection) if known.stream and known.is_dead(here, None)]
+    connection.commit()
+    if streams:
+        with engine.transaction(connection):
+            given = {"dead": streams, "of_source": source, "watcher": number}
+            connection.execute(supervisor_statements.adopt_runs(), given)
+
+
 def remember(connection: Connection, number: int, source: str, process: Process) -> None:
-    """Register a supervisor for its process, in the caller's transaction, unless it is registered."""
+    """Register the recorder of a stream for its process, in the caller's transaction, unless it is registered."""
     if connection.execute(supervisor_statements.get_supervisor(), {"watcher": number}).first() is None:
         connection.execute(
-            supervisor_statements.beat(connection.dialect.name), supervisor_values(number, source, process)
+            supervisor_statements.beat(connection.dialect.name), supervisor_values(number, source, process, stream=True)
         )
 
 
-def supervisor_values(number: int, source: str, process: Process) -> dict[str, Any]:
+def supervisor_values(number: int, source: str, process: Process, *, stream: bool) -> dict[str, Any]:
     """Return the parameters of ``supervisor_statements.beat``."""
     return {
         "id": number,
         "source": source,
+        "stream": stream,
         "host": process.host,
         "boot_id": process.boot_id,
         "pid_namespace": process.pid_namespace,

@@ -36,7 +36,7 @@ _LINES, _BYTES = 4000, 1024 * 1024
 """Most lines, and roughly most bytes, between two looks at the clock: one transaction, if they are of a stream."""
 
 _LINES_OF_RUNS = 500
-"""The same of the lines of recorded runs; a tenth of it on servers, where each task is a transaction of its own."""
+"""The same of the lines of recorded runs; a fiftieth of it on servers, where each task is a transaction of its own."""
 
 _FAULTS = (DataError, IntegrityError, TaskRunsError, ValueError, TypeError)
 """What a line is to blame for, not the database."""
@@ -275,7 +275,7 @@ class _Replaying:
     def _most(self, item: _Item) -> int:
         if item.run is None:
             return _LINES
-        return _LINES_OF_RUNS if self._engine.dialect.name == "sqlite" else _LINES_OF_RUNS // 10
+        return _LINES_OF_RUNS if self._engine.dialect.name == "sqlite" else _LINES_OF_RUNS // 50
 
     def _read(self, line: bytes, *, is_new: bool) -> _Item | None:
         try:

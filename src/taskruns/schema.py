@@ -154,6 +154,13 @@ supervisors = Table(
     metadata,
     Column("id", BigInteger, autoincrement=False, nullable=False, comment="A random number"),
     Column("source", _name(), nullable=False, comment="What it marks its runs with"),
+    Column(
+        "stream",
+        Boolean,
+        nullable=False,
+        server_default=false(),
+        comment="Whether it records what another process tells of its runs",
+    ),
     Column("host", _name(), nullable=False, comment="The name of its host"),
     Column("boot_id", String(36), comment="The start of the host's kernel since which its process numbers hold"),
     Column("pid_namespace", BigInteger, comment="The namespace of its process number: each container has its own"),

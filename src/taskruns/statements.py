@@ -150,14 +150,10 @@ _AMENDED = ("phase", "started_at", "finished_at", "error", "exit_code", "recover
 
 @cache
 def amend_run() -> Update:
-    """Store all that an event may change of a run, unless somebody else has opened or closed it meanwhile.
-
-    ``watcher`` is the supervisor of a run that is active again; null leaves it as it is.
-    """
+    """Store all that an event may change of a run, unless somebody else has opened or closed it meanwhile."""
     was_phase = bindparam("was_phase", type_=_C.phase.type)
     was_recovered = bindparam("was_recovered", type_=_C.recovered.type)
-    values: dict[str, Any] = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in _AMENDED}
-    values["supervisor_id"] = func.coalesce(bindparam("watcher", type_=_C.supervisor_id.type), _C.supervisor_id)
+    values = {name: bindparam(f"new_{name}", type_=_C[name].type) for name in _AMENDED}
     return update(_T).where(*THE_RUN, _C.phase == was_phase, _C.recovered == was_recovered).values(values)
 
 

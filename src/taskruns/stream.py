@@ -177,7 +177,7 @@ class _Writing:
                 if entry.stored is None:
                     opened.append(self._row(task_id, entry))
                 else:
-                    amended.append(_amendment(task_id, entry, self._supervisor_id))
+                    amended.append(_amendment(task_id, entry))
                 entry.stored, entry.is_changed = (entry.phase, entry.recovered), False
             timeline.changed.clear()
         self._touched.clear()
@@ -236,12 +236,10 @@ def _entry(row: Row[Any]) -> Entry:
     )
 
 
-def _amendment(task_id: str, entry: Entry, supervisor_id: int | None) -> dict[str, Any]:
+def _amendment(task_id: str, entry: Entry) -> dict[str, Any]:
     assert entry.stored is not None  # noqa: S101  (for mypy)
     was_phase, was_recovered = entry.stored
-    is_resumed = entry.finished_at is None and was_phase.is_terminal
     return {
-        "watcher": supervisor_id if is_resumed else None,
         "of_task": task_id,
         "of_attempt": entry.attempt,
         "was_phase": was_phase,

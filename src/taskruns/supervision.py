@@ -65,6 +65,7 @@ class Supervision:
         self._active: dict[str, dict[int, _Watched]] = {}
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._heart: threading.Thread | None = None
+        self._is_stream = False
         self._holds = 0  # reasons to live without an active run
 
     @property
@@ -82,11 +83,17 @@ class Supervision:
         """Whether it has to beat before it opens a run."""
         return self._url is not None and (self._beaten_at is None or _clock() - self._beaten_at > self._interval)
 
-    def register(self, connection: Connection) -> None:
-        """Register, and close what the dead of this host have left behind, as far as that takes no time."""
+    def register(self, connection: Connection, *, stream: str | None = None) -> None:
+        """Register, and close what the dead of this host have left behind, as far as that takes no time.
+
+        Who records a stream goes on with the runs of another recorder of this stream.
+        """
+        self._is_stream = self._is_stream or stream is not None
         self.attend(connection)
         connection.commit()
         try:
+            if stream is not None:
+                recovery.adopt(connection, Process.here(), self._id, stream)
             for run in recovery.recover(connection, Process.here(), stale_after=None, is_brief=True):
                 _log.debug("recovered attempt %d of task %r", run.attempt, run.task_id)
         except SQLAlchemyError as error:
@@ -110,7 +117,7 @@ class Supervision:
         """Write a sign of life."""
         if self._process is None:
             self._process = Process.here()
-        values = recovery.supervisor_values(self._id, self._source, self._process)
+        values = recovery.supervisor_values(self._id, self._source, self._process, stream=self._is_stream)
         connection.execute(supervisor_statements.beat(connection.dialect.name), values)
 
     def beaten(self, at: float) -> None:
@@ -262,21 +269,21 @@ class Watch:
         self._gone: set[tuple[str, int]] = set()
 
     def __enter__(self) -> Self:
+        if not self._is_brief:
+            self._supervision.hold()
         return self
 
     def __exit__(self, kind: object, _error: object, _traceback: object) -> None:
         if kind is None:
             self._take_over()
-        if self._began_at is not None:
+        if not self._is_brief:
             self._supervision.let_go()
 
     def attend(self, connection: Connection) -> int | None:
-        """Have the supervisor live while the transaction lasts, and return its number."""
-        if self._began_at is None:
+        """Have the supervisor registered, and return its number."""
+        if self._is_brief and self._began_at is None and self._supervision.is_due:
             self._began_at = _clock()
-            self._supervision.hold()
-            if self._is_brief and self._supervision.is_due:
-                self._supervision.tell(connection)
+            self._supervision.tell(connection)
         return self._supervision.own_number
 
     def superseded_by(self, start: Start) -> list[int]:
@@ -304,7 +311,7 @@ class Watch:
         self._here.get(task_id, {}).pop(attempt, None)
 
     def _take_over(self) -> None:
-        if self._is_brief and self._began_at is not None:
+        if self._began_at is not None:
             self._supervision.beaten(self._began_at)
         for run, superseded in self._opened:
             self._supervision.opened(run, superseded=superseded)

@@ -47,7 +47,7 @@ def beat(dialect: str) -> Insert:
     """Renew a supervisor's heartbeat; insert the supervisor if it is not there."""
     given: dict[str, Any] = {column.name: bindparam(column.name, type_=column.type) for column in _S}
     given |= {"started_at": clock(dialect), "heartbeat_at": clock(dialect)}
-    renewed = {"heartbeat_at": clock(dialect)}
+    renewed = {"heartbeat_at": clock(dialect), "stream": given["stream"]}
     if dialect == "postgresql":
         return postgresql.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
     if dialect == "sqlite":
@@ -105,6 +105,15 @@ def recover_run(watched: Watched) -> Update:
         error=bindparam("why", type_=_C.error.type),
         recovered=true(),
     )
+
+
+@cache
+def adopt_runs() -> Update:
+    """Have the active runs of a source watched over by another supervisor."""
+    theirs = _C.supervisor_id.in_(bindparam("dead", expanding=True))
+    source = _C.source == bindparam("of_source", type_=_C.source.type)
+    adopting = update(_T).where(_C.finished_at.is_(None), source, theirs)
+    return adopting.values(supervisor_id=_WATCHER)
 
 
 @cache

@@ -176,23 +176,11 @@ class Timeline:
         return self._create(event, at, None)
 
     def _confirm_start(self, entry: Entry, at: datetime) -> Effect:
-        """Take the true start of a run of which the end came first, or take up one that nobody watched over."""
-        if entry.recovered and entry.error != SUPERSEDED:
-            return self._resume(entry)
+        """Take the true start of a run of which the end came first."""
         if not entry.start_inferred:
             return Effect.REPEATED
         entry.start_inferred = False
         self._move(entry, at)
-        return Effect.AMENDED
-
-    def _resume(self, entry: Entry) -> Effect:
-        """Have a run active again of which the end was inferred: who tells its start again will tell its end."""
-        entry.phase, entry.finished_at, entry.error, entry.recovered = TaskPhase.RUNNING, None, None, False
-        self._active.append(entry)
-        self._change(entry)
-        following = next(self._after(self._place_after(entry.started_at), entry.submission), None)
-        if following is not None:
-            self._lose(entry, following.started_at)
         return Effect.AMENDED
 
     def _apply_end(self, entry: Entry, event: Event) -> Effect:

@@ -57,6 +57,7 @@ def _wire(known: Supervisor, state: str) -> dict[str, Any]:
     return {
         "id": known.id,
         "source": known.source,
+        "stream": known.stream,
         "host": known.process.host,
         "pid": known.process.pid,
         "state": state,
