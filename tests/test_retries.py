@@ -76,7 +76,8 @@ def cut(admin: Engine) -> int:
             kill = "KILL {}"
         others = list(connection.scalars(text(query)))
         for other in others:
-            connection.execute(text(kill.format(other)))
+            with suppress(OperationalError):  # it has ended by itself
+                connection.execute(text(kill.format(other)))
     return len(others)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from histories import Histories
 from sqlalchemy import delete, event
-from watchers import Watcher, age, database_time, known, until, write
+from watchers import Watcher, age, database_time, known, register, until, write
 
 from taskruns import EventRecorder, TaskPhase, TaskRun, TaskRunHistory, supervision
 from taskruns.aio import AsyncTaskRunHistory
@@ -379,3 +379,14 @@ def test_run_that_another_process_holds_is_seen_as_its(database: str) -> None:
         history.open_run("job")
         assert len(history.active_runs("job")) == 2
         assert other.rest() == ["closed"]
+
+
+@pytest.mark.parametrize(("host", "is_closed"), [("here", True), ("elsewhere", False)])
+def test_what_a_reboot_has_left_is_closed_by_what_records_next(
+    history: TaskRunHistory, database: str, host: str, is_closed: bool
+) -> None:
+    here = Process.here()
+    before = replace(here, host=here.host if host == "here" else host, boot_id="another", pid=1)
+    register(database, before, "lost", silent=61.0)
+    history.open_run("job")
+    assert [run.task_id for run in history.active_runs()] == (["job"] if is_closed else ["lost", "job"])

@@ -34,7 +34,7 @@ from taskruns.spool import Spool
 from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
 from taskruns.timeline import Effect
-from taskruns.url import ASYNC_DRIVERS, parse_url
+from taskruns.url import ASYNC_DRIVERS, parse_url, with_sync_driver
 from taskruns.writing import Start
 
 T = TypeVar("T")
@@ -357,7 +357,7 @@ class AsyncTaskRunHistory:
         def replay_beside() -> Replayed:
             if stream is not None:
                 self._supervision.hold()  # which of its runs are active is for the events to tell
-            own = engine.create(self.url)
+            own = engine.create(with_sync_driver(self.url))
             try:
                 return replay(own, self.url, supervision=self._supervision, stream=stream, seconds=seconds, wait=wait)
             finally:

@@ -163,9 +163,8 @@ def remove_idle(connection: Connection, here: Process, *, stale_after: float | N
     connection.commit()
     for some in _portions(dead):
         with engine.transaction(connection):
-            for supervisor in some:
-                given = {"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at}
-                connection.execute(supervisor_statements.remove_silent_supervisor(), given)
+            given = [{"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at} for supervisor in some]
+            connection.execute(supervisor_statements.remove_silent_supervisor(), given)
 
 
 def _portions(values: Iterable[T]) -> Iterator[list[T]]:

@@ -69,16 +69,9 @@ class Stream:
                 if not isinstance(error, _OutrunError | IntegrityError):
                     raise  # the caller tries again where that is worth it
             else:
-                self._note_active(events)
+                self._active = (self._active - writing.idle) | writing.active
                 return effects
         raise AttemptConflictError(events[0].task_id)
-
-    def _note_active(self, events: Sequence[Event]) -> None:
-        for task_id in {event.task_id for event in events}.intersection(self._timelines):
-            if self._timelines[task_id].is_active:
-                self._active.add(task_id)
-            else:
-                self._active.discard(task_id)
 
 
 class _Writing:
@@ -96,6 +89,10 @@ class _Writing:
         self._connection = connection
         self._supervisor_id = supervisor_id
         self._touched: dict[str, Timeline] = {}
+        self.active: set[str] = set()
+        """The tasks of which a run is active, of those that the events are about."""
+        self.idle: set[str] = set()
+        """The others."""
         self._last: dict[str, int] = {}
 
     def write(self, events: Sequence[Event]) -> list[Effect]:
@@ -103,6 +100,8 @@ class _Writing:
         self._find_tasks(events)
         effects = [self._apply(event) for event in events]
         self._store()
+        for task_id in {event.task_id for event in events}.intersection(self._timelines):
+            (self.active if self._timelines[task_id].is_active else self.idle).add(task_id)
         self._forget_some(events)
         return effects
 

@@ -21,7 +21,7 @@ from taskruns.model import Outcome, TaskRun
 from taskruns.retrying import is_lost, is_refusal
 from taskruns.stream import Stream
 from taskruns.timeline import Effect
-from taskruns.url import is_in_memory
+from taskruns.url import is_in_memory, with_sync_driver
 from taskruns.writing import Start, close_alone, open_alone
 
 HEARTBEAT = 10.0
@@ -237,7 +237,7 @@ class Supervision:
                     return
                 watched = self._keys()
             interval = min(self._interval, HEARTBEAT)
-            own = own or engine.create(self._url)
+            own = own or engine.create(with_sync_driver(self._url))
             try:
                 began_at, number = _clock(), self._id
                 with own.connect() as connection:

@@ -50,7 +50,7 @@ def prune_command(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    with found.looking_after() as history:
+    with found.reading() if dry_run else found.looking_after() as history:
         with progress() as bar:
             done = 0
 

@@ -57,7 +57,6 @@ def _wire(known: Supervisor, state: str) -> dict[str, Any]:
     return {
         "id": known.id,
         "source": known.source,
-        "stream": known.stream,
         "host": known.process.host,
         "pid": known.process.pid,
         "state": state,
@@ -65,6 +64,7 @@ def _wire(known: Supervisor, state: str) -> dict[str, Any]:
         "startedAt": rfc3339(known.started_at),
         "heartbeatAt": rfc3339(known.heartbeat_at),
         "silenceMs": known.silence // timedelta(milliseconds=1),
+        **({"stream": True} if known.stream else {}),
     }
 
 
