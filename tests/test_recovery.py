@@ -195,11 +195,11 @@ def found_but_not_closed(url: str) -> Iterator[Callable[[], list[TaskRun]]]:
     with own.connect() as connection:
         losses = recovery.find_losses(connection, HERE, unsupervised_after=60.0)
         connection.commit()
-        assert losses.runs
+        assert losses
 
         def close() -> list[TaskRun]:
             with engine.transaction(connection):
-                return recovery.close(connection, losses.runs)
+                return recovery.close(connection, losses)
 
         yield close
     own.dispose()

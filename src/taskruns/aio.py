@@ -109,6 +109,7 @@ class AsyncTaskRunRepository:
         *,
         stale_after: float | None = STALE_AFTER,
         unsupervised_after: float | None = None,
+        task_id: str | None = None,
         dry_run: bool = False,
     ) -> list[TaskRun]:
         """Close the active runs of dead supervisors, and return them: see :meth:`TaskRunHistory.recover`."""
@@ -116,6 +117,7 @@ class AsyncTaskRunRepository:
             TaskRunRepository.recover,
             stale_after=stale_after,
             unsupervised_after=unsupervised_after,
+            task_id=task_id,
             dry_run=dry_run,
         )
 
@@ -483,9 +485,11 @@ class AsyncTaskRunHistory:
                         is_told = True
             finally:
                 if not is_told:
-                    await asyncio.to_thread(self._outage.keep_end, handle, task_id, exception)
+                    is_kept = await asyncio.to_thread(self._outage.keep_end, handle, task_id, exception)
                     if handle.run is not None:
                         self._supervision.closed(task_id, handle.run.attempt)
+                        if not is_kept:
+                            self._supervision.owe(task_id, handle.run.attempt, Outcome.of(**handle.outcome(exception)))
 
         return AsyncRecording(begin, end)
 

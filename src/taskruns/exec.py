@@ -38,7 +38,7 @@ CROWD = 4
 """Processes waiting for a processor, above which a machine is crowded."""
 
 OPENING_SHARE, CHECKING_SHARE = 0.4, 0.6
-"""The parts of these for a start, and for one that must not overlap, so that some are left for its end."""
+"""The parts of ``PATIENCE`` for a start, and for one that must not overlap, so that some are left for its end."""
 
 
 Connect = Callable[[OnRetry], TaskRunHistory]
@@ -411,7 +411,7 @@ class _Record:
                 start = dict(self._start)
             if self._plan.no_overlap and not self._is_repeated:
                 active = runs.active_runs(self._plan.task_id)
-                if active and runs.recover():
+                if active and runs.recover(task_id=self._plan.task_id):
                     active = runs.active_runs(self._plan.task_id)
                 with self._decision:
                     if active and not self._starts_anyway:

@@ -437,9 +437,11 @@ class TaskRunHistory:
                         is_told = True
             finally:
                 if not is_told:
-                    self._outage.keep_end(handle, task_id, exception)
+                    is_kept = self._outage.keep_end(handle, task_id, exception)
                     if handle.run is not None:
                         self._supervision.closed(task_id, handle.run.attempt)
+                        if not is_kept:
+                            self._supervision.owe(task_id, handle.run.attempt, Outcome.of(**handle.outcome(exception)))
 
         return Recording(begin, end)
 

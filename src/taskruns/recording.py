@@ -187,18 +187,24 @@ class Outage:
             if self._spool is not None:
                 handle._kept = self._spool.add_start(run)  # noqa: SLF001  (the caller has no use for it)
 
-    def keep_end(self, handle: RecordedRun, task_id: str, exception: BaseException | None) -> None:
-        """Keep the end of a run whose start was kept, or of one that could not be closed because of an outage."""
+    def keep_end(self, handle: RecordedRun, task_id: str, exception: BaseException | None) -> bool:
+        """Keep the end of a run whose start was kept, or of one that could not be closed because of an outage.
+
+        Return whether that is so, or there is nothing to keep.
+        """
         run = handle._kept or handle.run  # noqa: SLF001  (as above)
         if run is None or not (handle._kept or self.is_on):  # noqa: SLF001  (as above)
-            return
+            return True
+        is_kept = False
         with self._kept(task_id, "the end of this run"):
             outcome = Outcome.of(**handle.outcome(exception))
             if self._spool is not None:
                 self._spool.add_end(run, outcome, attempt=None if handle._kept else run.attempt)  # noqa: SLF001  (as above)
+                is_kept = True
         self._replay_at = 0.0
         if not self.is_on:
             self._replay()
+        return is_kept
 
     @contextmanager
     def _kept(self, task_id: str, what: str) -> Iterator[None]:

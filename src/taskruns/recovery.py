@@ -28,14 +28,6 @@ class Loss:
     supervisor: Supervisor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """What the dead have left behind."""
-
-    supervisors: list[Supervisor]
-    runs: list[Loss]
-
-
 def supervisors(connection: Connection) -> list[Supervisor]:
     """Return who is registered, in the order they came."""
     return list(map(_supervisor, connection.execute(supervisor_statements.all_supervisors(connection.dialect.name))))
@@ -52,8 +44,8 @@ def find_losses(
     *,
     stale_after: float | None = STALE_AFTER,
     unsupervised_after: float | None = None,
-) -> Losses:
-    """Return the dead supervisors, as seen from ``here``, and their active runs.
+) -> list[Loss]:
+    """Return the active runs of the dead supervisors, as seen from ``here``.
 
     ``unsupervised_after`` adds the runs without a known supervisor that started so many seconds ago, by the
     database's clock.
@@ -71,7 +63,7 @@ def find_losses(
             run = TaskRun(*values)
             if (now - run.started_at).total_seconds() > unsupervised_after:
                 losses.append(Loss(ended(run, None, run.started_at)))
-    return Losses(list(dead.values()), losses)
+    return losses
 
 
 def ended(run: TaskRun, watcher: Process | None, last_seen: datetime) -> TaskRun:
@@ -141,19 +133,19 @@ def recover(
     *,
     stale_after: float | None = STALE_AFTER,
     unsupervised_after: float | None = None,
-    is_brief: bool = False,
+    most: int | None = None,
 ) -> Iterator[TaskRun]:
-    """Close the runs that are lost, and remove dead supervisors, in transactions of its own; yield these runs.
+    """Close the runs that are lost, in transactions of its own, and yield them; then remove dead supervisors.
 
-    ``is_brief``: only as many as one transaction takes.
+    ``most``: close so many at the most, and remove nobody.
     """
     losses = find_losses(connection, here, stale_after=stale_after, unsupervised_after=unsupervised_after)
     connection.commit()
-    for runs in _portions(losses.runs[:_AT_ONCE] if is_brief else losses.runs):
+    for runs in _portions(losses[:most]):
         with engine.transaction(connection):
             closed = close(connection, runs)
         yield from closed
-    if losses.supervisors:
+    if most is None:
         remove_idle(connection, here, stale_after=stale_after)
 
 

@@ -109,13 +109,18 @@ class TaskRunRepository:
         *,
         stale_after: float | None = STALE_AFTER,
         unsupervised_after: float | None = None,
+        task_id: str | None = None,
         dry_run: bool = False,
     ) -> list[TaskRun]:
-        """Close the active runs of dead supervisors, and return them: see :meth:`TaskRunHistory.recover`."""
+        """Close the active runs of dead supervisors, of one task or of all, and return them.
+
+        See :meth:`TaskRunHistory.recover`.
+        """
         losses = recovery.find_losses(
             self._connection, Process.here(), stale_after=stale_after, unsupervised_after=unsupervised_after
         )
-        return [loss.run for loss in losses.runs] if dry_run else recovery.close(self._connection, losses.runs)
+        losses = [loss for loss in losses if task_id in (None, loss.run.task_id)]
+        return [loss.run for loss in losses] if dry_run else recovery.close(self._connection, losses)
 
     def supervisors(self) -> list[Supervisor]:
         """Return the processes that are registered to watch over runs, in the order they came."""

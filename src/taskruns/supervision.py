@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Self
 
@@ -26,6 +27,15 @@ from taskruns.writing import Start, close_alone, open_alone
 
 HEARTBEAT = 10.0
 """Seconds between two heartbeats; those that judge a supervisor by them wait for several."""
+
+MAX_HEARTBEAT = 30.0
+"""The most seconds between two: who judges waits for 60."""
+
+AT_ONCE = 50
+"""Runs of the dead that are closed before a history opens its first run; the heart closes the others."""
+
+_MOST_OWED = 10_000
+"""Outcomes that are remembered because they could be written neither into the database nor into the spool."""
 
 _JITTER = 0.1
 """The part of these by which they vary, so that the processes of a host do not all beat at the same moment."""
@@ -52,7 +62,7 @@ class Supervision:
         # Nobody else sees a database in memory, and it ends with the process.
         self._url = None if is_in_memory(url) else url
         self._source = source
-        self._interval = interval
+        self._interval = min(interval, MAX_HEARTBEAT)
         self.begin_anew()
         _all.add(self)
 
@@ -66,6 +76,8 @@ class Supervision:
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._heart: threading.Thread | None = None
         self._is_stream = False
+        self._has_more = False  # of the dead have left runs
+        self._owed: dict[tuple[str, int], Outcome] = {}
         self._holds = 0  # reasons to live without an active run
 
     @property
@@ -84,7 +96,7 @@ class Supervision:
         return self._url is not None and (self._beaten_at is None or _clock() - self._beaten_at > self._interval)
 
     def register(self, connection: Connection, *, stream: str | None = None) -> None:
-        """Register, and close what the dead of this host have left behind, as far as that takes no time.
+        """Register, and close what the dead of this host have left behind, as far as that takes hardly any time.
 
         Who records a stream goes on with the runs of another recorder of this stream.
         """
@@ -94,8 +106,8 @@ class Supervision:
         try:
             if stream is not None:
                 recovery.adopt(connection, Process.here(), self._id, stream)
-            for run in recovery.recover(connection, Process.here(), stale_after=None, is_brief=True):
-                _log.debug("recovered attempt %d of task %r", run.attempt, run.task_id)
+            closed = list(recovery.recover(connection, Process.here(), stale_after=None, most=AT_ONCE))
+            self._has_more = len(closed) == AT_ONCE
         except SQLAlchemyError as error:
             if is_lost(error) or is_refusal(error):
                 raise  # the run that is to be opened would have to wait for the same
@@ -104,8 +116,8 @@ class Supervision:
     def attend(self, connection: Connection) -> int | None:
         """Beat if that is due, before a run is opened: it must not look like one of the dead. Return the own number.
 
-        The beat is committed by itself: in a transaction that lasts nobody would see it, and the heart would have to
-        wait. None if nobody else can see the database.
+        Not in a transaction that lasts: nobody would see the beat, and the heart would have to wait. None if nobody
+        else can see the database.
         """
         if self.is_due:
             began_at = _clock()
@@ -219,11 +231,34 @@ class Supervision:
             if not watched:
                 self._active.pop(task_id, None)
 
+    def owe(self, task_id: str, attempt: int, outcome: Outcome) -> None:
+        """Remember how a run has ended that could be told nowhere, and have the heart tell it."""
+        with self._lock:
+            if len(self._owed) < _MOST_OWED:
+                self._owed[task_id, attempt] = outcome
+                self._live()
+
+    def _settle(self, connection: Connection) -> None:
+        """Tell what is owed, and close what others have left."""
+        for (task_id, attempt), outcome in list(self._owed.items()):
+            with suppress(RunClosedError, RunNotFoundError):
+                close_alone(connection, task_id, attempt, outcome, lost=True)
+            self._owed.pop((task_id, attempt), None)
+        if self._has_more:
+            connection.commit()
+            for _ in recovery.recover(connection, Process.here(), stale_after=None):
+                pass
+            self._has_more = False
+
     def _live(self) -> None:
         """See to it that there is a heart. The caller holds the lock."""
         if self._heart is None and self._url is not None:
             self._heart = threading.Thread(target=self._beat_on, name="taskruns-heartbeat", daemon=True)
             self._heart.start()
+
+    def _has_to_live(self) -> bool:
+        is_busy = self._active or self._holds or self._owed or self._has_more
+        return bool(is_busy) or any(stream.is_active for stream in self._streams)
 
     def _beat_on(self) -> None:
         """Beat while there is an active run, through connections of its own: those of the pool may all be in use."""
@@ -232,7 +267,7 @@ class Supervision:
         while True:
             time.sleep(interval * _random.uniform(1 - _JITTER, 1 + _JITTER))
             with self._lock:
-                if not (self._active or self._holds or any(stream.is_active for stream in self._streams)):
+                if not self._has_to_live():
                     self._heart = None
                     return
                 watched = self._keys()
@@ -244,6 +279,7 @@ class Supervision:
                     self.tell(connection)
                     own_runs = connection.execute(supervisor_statements.active_keys(), {"watcher": number})
                     active = {(task_id, attempt) for task_id, attempt in own_runs}
+                    self._settle(connection)
                 if number == self._id:
                     self._beaten_at = began_at
                 for task_id, attempt in watched - active:  # closed by somebody else

@@ -50,6 +50,8 @@ def prune_command(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    if dry_run and compact:
+        raise click.UsageError("--compact changes the file, which --dry-run does not")
     with found.reading() if dry_run else found.looking_after() as history:
         with progress() as bar:
             done = 0
