@@ -249,7 +249,7 @@ class Victims:
             return []
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.soak)])
 def test_no_kill_leaves_an_active_run_and_no_living_run_is_closed(home: Home, database: str, count: int) -> None:
     chance = random.Random()
     victims = Victims(home, database, chance)
@@ -291,10 +291,14 @@ SMALL, LARGE = (2, 0.2, 0.2, 60.0), (16, 5, 4, 2.0)
 """Processes, the seconds of a run, those between two runs, and the limit of silence."""
 
 
-@pytest.mark.parametrize("shift", [3600, -3600])
 @pytest.mark.parametrize(
-    ("count", "seconds", "idle", "limit"),
-    [pytest.param(*SMALL, id="small"), pytest.param(*LARGE, id="large", marks=pytest.mark.soak)],
+    ("count", "seconds", "idle", "limit", "shift"),
+    [
+        pytest.param(*SMALL, 3600, id="small"),
+        pytest.param(*SMALL, -3600, id="small, late", marks=pytest.mark.soak),
+        pytest.param(*LARGE, 3600, id="large", marks=pytest.mark.soak),
+        pytest.param(*LARGE, -3600, id="large, late", marks=pytest.mark.soak),
+    ],
 )
 def test_no_living_run_is_recovered_whatever_the_clocks_say(
     database: str, count: int, seconds: float, idle: float, limit: float, shift: int

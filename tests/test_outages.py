@@ -225,6 +225,7 @@ def test_transaction_in_which_the_server_goes_down_is_undone_as_a_whole(
         assert runs.open_run("job").attempt == 2
 
 
+@pytest.mark.parametrize("server", ["postgresql", pytest.param("mariadb", marks=pytest.mark.soak)], indirect=True)
 def test_acknowledged_events_outlive_the_server(
     server: OwnServer, own_database: str, ingest: Callable[..., Ingest]
 ) -> None:
@@ -317,7 +318,13 @@ def feed(running: Ingest, content: bytes) -> float:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "count"), [(0, 5000), pytest.param(60, 100_000, marks=pytest.mark.soak)], ids=["short", "a minute"]
+    ("kind", "seconds", "count"),
+    [
+        ("postgresql", 0, 5000),
+        *(pytest.param(kind, 0, 5000, marks=pytest.mark.soak) for kind in ("sqlite", "mariadb")),
+        *(pytest.param(kind, 60, 100_000, marks=pytest.mark.soak) for kind in ("sqlite", "postgresql", "mariadb")),
+    ],
+    indirect=["kind"],
 )
 def test_lock_that_is_held_holds_up_nobody(
     database: str,

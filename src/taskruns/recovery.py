@@ -137,7 +137,7 @@ def recover(
 ) -> Iterator[TaskRun]:
     """Close the runs that are lost, in transactions of its own, and yield them; then remove dead supervisors.
 
-    ``most``: close so many at the most, and remove nobody.
+    ``most``: close, and remove, so many at the most.
     """
     losses = find_losses(connection, here, stale_after=stale_after, unsupervised_after=unsupervised_after)
     connection.commit()
@@ -145,15 +145,16 @@ def recover(
         with engine.transaction(connection):
             closed = close(connection, runs)
         yield from closed
-    if most is None:
-        remove_idle(connection, here, stale_after=stale_after)
+    remove_idle(connection, here, stale_after=stale_after, most=most)
 
 
-def remove_idle(connection: Connection, here: Process, *, stale_after: float | None = STALE_AFTER) -> None:
+def remove_idle(
+    connection: Connection, here: Process, *, stale_after: float | None = STALE_AFTER, most: int | None = None
+) -> None:
     """Remove the dead supervisors that watch over no run, in transactions of its own."""
     dead = [known for known in supervisors(connection) if not known.active_runs and known.is_dead(here, stale_after)]
     connection.commit()
-    for some in _portions(dead):
+    for some in _portions(dead[:most]):
         with engine.transaction(connection):
             given = [{"watcher": supervisor.id, "last_beat": supervisor.heartbeat_at} for supervisor in some]
             connection.execute(supervisor_statements.remove_silent_supervisor(), given)
