@@ -254,7 +254,7 @@ def test_a_run_that_appears_between_look_and_insert(
 @pytest.fixture
 def pages_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history_module, "PAGE", 3)
-    monkeypatch.setattr("taskruns.aio.PAGE", 3)
+    monkeypatch.setattr("taskruns.aio.history.PAGE", 3)
 
 
 @pytest.mark.usefixtures("pages_of_three")

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     )
     from taskruns.events import Event
     from taskruns.history import TaskRunHistory
+    from taskruns.liveness import Supervisor
     from taskruns.model import PROBLEMS, TaskPhase, TaskRun
-    from taskruns.orm import TaskRunRow
+    from taskruns.orm import SupervisorRow, TaskRunRow
     from taskruns.recorder import EventRecorder
+    from taskruns.replay import Replayed
     from taskruns.repository import RunPage, TaskRunRepository
     from taskruns.retention import Retention
     from taskruns.timeline import Effect
@@ -28,6 +30,7 @@ __all__ = [
     "Effect",
     "Event",
     "EventRecorder",
+    "Replayed",
     "Retention",
     "RunClosedError",
     "RunExistsError",
@@ -35,6 +38,8 @@ __all__ = [
     "RunPage",
     "RunsAdded",
     "SchemaVersionError",
+    "Supervisor",
+    "SupervisorRow",
     "TaskPhase",
     "TaskRun",
     "TaskRunHistory",
@@ -48,6 +53,7 @@ _HOMES = {
     "Event": "events",
     "Effect": "timeline",
     "EventRecorder": "recorder",
+    "Replayed": "replay",
     "Retention": "retention",
     "TaskPhase": "model",
     "TaskRun": "model",
@@ -55,6 +61,8 @@ _HOMES = {
     "TaskRunRepository": "repository",
     "RunPage": "repository",
     "RunsAdded": "bulk",
+    "Supervisor": "liveness",
+    "SupervisorRow": "orm",
     "TaskRunRow": "orm",
 }
 

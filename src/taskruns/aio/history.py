@@ -1,22 +1,19 @@
-"""The same history for asyncio: the twins of :class:`TaskRunRepository` and :class:`TaskRunHistory`.
-
-Each method does what its twin does, by running it in SQLAlchemy's bridge, so that no rule is written twice.
-"""
+"""The history for asyncio."""
 
 import asyncio
 import logging
 import socket
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Self, TypeVar
 
 from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from taskruns import bulk, engine, migrate, pruning, recovery
+from taskruns.aio.repository import AsyncTaskRunRepository
 from taskruns.bulk import Row, RowsAdded, RunsAdded
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
@@ -38,122 +35,8 @@ from taskruns.url import ASYNC_DRIVERS, parse_url, with_sync_driver
 from taskruns.writing import Start
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 _log = logging.getLogger("taskruns")
-
-
-class AsyncTaskRunRepository:
-    """The twin of :class:`taskruns.TaskRunRepository` on an asynchronous connection of the caller's."""
-
-    def __init__(self, connection: AsyncConnection, *, source: str | None = None, watch: Watch | None = None) -> None:
-        self._connection = connection
-        self._source = source
-        self._watch = watch
-
-    async def _call(
-        self, method: Callable[Concatenate[TaskRunRepository, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        return await self._connection.run_sync(
-            lambda connection: method(
-                TaskRunRepository(connection, source=self._source, watch=self._watch), *args, **kwargs
-            )
-        )
-
-    async def open_run(
-        self,
-        task_id: str,
-        *,
-        attempt: int | None = None,
-        started_at: datetime | None = None,
-        source: str | None = None,
-        submission: str | None = None,
-        source_attempt: int | None = None,
-        again: bool = False,
-    ) -> TaskRun:
-        """Record that a run has started, and return it: see :meth:`TaskRunRepository.open_run`."""
-        return await self._call(
-            TaskRunRepository.open_run,
-            task_id,
-            attempt=attempt,
-            started_at=started_at,
-            source=source,
-            submission=submission,
-            source_attempt=source_attempt,
-            again=again,
-        )
-
-    async def close_run(
-        self,
-        task_id: str,
-        attempt: int,
-        phase: TaskPhase,
-        *,
-        error: str | None = None,
-        exit_code: int | None = None,
-        finished_at: datetime | None = None,
-    ) -> TaskRun:
-        """Record how a run ended, and return it: see :meth:`TaskRunRepository.close_run`."""
-        return await self._call(
-            TaskRunRepository.close_run,
-            task_id,
-            attempt,
-            phase,
-            error=error,
-            exit_code=exit_code,
-            finished_at=finished_at,
-        )
-
-    async def recover(
-        self,
-        *,
-        stale_after: float | None = STALE_AFTER,
-        unsupervised_after: float | None = None,
-        task_id: str | None = None,
-        dry_run: bool = False,
-    ) -> list[TaskRun]:
-        """Close the active runs of dead supervisors, and return them: see :meth:`TaskRunHistory.recover`."""
-        return await self._call(
-            TaskRunRepository.recover,
-            stale_after=stale_after,
-            unsupervised_after=unsupervised_after,
-            task_id=task_id,
-            dry_run=dry_run,
-        )
-
-    async def supervisors(self) -> list[Supervisor]:
-        """Return the processes that are registered to watch over runs, in the order they came."""
-        return await self._call(TaskRunRepository.supervisors)
-
-    async def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
-        """Store runs as they are: see :meth:`TaskRunRepository.add_runs`."""
-        return await self._call(TaskRunRepository.add_runs, runs)
-
-    async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
-        """Return a run; None if there is no such run."""
-        return await self._call(TaskRunRepository.get_run, task_id, attempt)
-
-    async def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
-        """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
-        return await self._call(TaskRunRepository.last_run, task_id, phases=phases)
-
-    async def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
-        """Return a page of the task's runs, newest attempt first: see :meth:`TaskRunRepository.runs`."""
-        return await self._call(TaskRunRepository.runs, task_id, phases=phases, limit=limit, after=after)
-
-    async def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
-        """Return the active runs, of one task or of all, in the order they started."""
-        return await self._call(TaskRunRepository.active_runs, task_id)
-
-    async def all_runs(
-        self, task_id: str | None = None, *, limit: int = 50, after: tuple[str, int] | None = None
-    ) -> list[TaskRun]:
-        """Return runs of one task or of all, in order: see :meth:`TaskRunRepository.all_runs`."""
-        return await self._call(TaskRunRepository.all_runs, task_id, limit=limit, after=after)
-
-    async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
-        """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
-        return await self._call(TaskRunRepository.tasks, limit=limit, after=after)
 
 
 class AsyncTaskRunHistory:
@@ -518,31 +401,3 @@ class AsyncTaskRunHistory:
             await connection.run_sync(migrate.require)
             await connection.commit()
             self._is_current = True
-
-
-class AsyncEventRecorder:
-    """Turns a supervisor's events into runs: see :class:`taskruns.EventRecorder`. For the tasks of one event loop."""
-
-    def __init__(self, history: AsyncTaskRunHistory, *, source: str | None = None) -> None:
-        self._history = history
-        self._stream = Stream(history.source if source is None else source)
-        self._lock = asyncio.Lock()
-        self.counts: Counter[Effect] = Counter()
-        """How many events did what."""
-
-    async def record(self, event: Event | Mapping[str, Any]) -> Effect:
-        """Record one event, and return what it did: see :meth:`record_all`."""
-        return (await self.record_all([event]))[0]
-
-    async def record_all(self, events: Iterable[Event | Mapping[str, Any]]) -> list[Effect]:
-        """Record events in one transaction: see :meth:`taskruns.EventRecorder.record_all`."""
-        checked = [event if isinstance(event, Event) else Event.from_wire(event) for event in events]
-        async with self._lock:
-            effects = await self._history.record_events(self._stream, checked)
-            self.counts.update(effects)
-        return effects
-
-    async def replay(self, *, seconds: float | None = None) -> Replayed:
-        """Write what is kept in the spool: see :meth:`taskruns.EventRecorder.replay`."""
-        async with self._lock:
-            return await self._history.replay(seconds=seconds, stream=self._stream)
