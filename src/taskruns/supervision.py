@@ -253,8 +253,10 @@ class Supervision:
     def _live(self) -> None:
         """See to it that there is a heart. The caller holds the lock."""
         if self._heart is None and self._url is not None:
-            self._heart = threading.Thread(target=self._beat_on, name="taskruns-heartbeat", daemon=True)
-            self._heart.start()
+            heart = threading.Thread(target=self._beat_on, name="taskruns-heartbeat", daemon=True)
+            with suppress(RuntimeError):  # the interpreter is about to end, or there are too many threads
+                heart.start()
+                self._heart = heart
 
     def _has_to_live(self) -> bool:
         is_busy = self._active or self._holds or self._owed or self._has_more
@@ -272,8 +274,8 @@ class Supervision:
                     return
                 watched = self._keys()
             interval = min(self._interval, HEARTBEAT)
-            own = own or engine.create(with_sync_driver(self._url))
             try:
+                own = own or engine.create(with_sync_driver(self._url))
                 began_at, number = _clock(), self._id
                 with own.connect() as connection:
                     self.tell(connection)
@@ -286,7 +288,8 @@ class Supervision:
                     self.closed(task_id, attempt)
             except Exception:  # noqa: BLE001  (the next beat may do better)
                 _log.debug("a heartbeat was not recorded", exc_info=True)
-            own.dispose()
+            if own is not None:
+                own.dispose()
 
 
 class Watch:
