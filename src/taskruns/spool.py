@@ -104,6 +104,10 @@ def rejected(url: URL) -> list[Path]:
     return []
 
 
+def _made_at(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
 def _marker(key: str) -> Path:
     return directory() / f"{key}.told"
 
@@ -148,7 +152,7 @@ def waiting(url: URL | None = None) -> list[Waiting]:
             with path.open("rb") as file:
                 database = json.loads(file.readline())["db"]
                 events = sum(line.endswith(b"\n") for line in file)
-            made = datetime.fromtimestamp(int(path.name.split("-")[1]) / 1e9, UTC)
+            made = datetime.fromtimestamp(_made_at(path) / 1e9, UTC)
             descriptor = take(path)
             if descriptor is not None:
                 release(descriptor)
@@ -190,7 +194,8 @@ class Spool:
         """Whether nobody has been told yet that something is kept for this database; from now on somebody has."""
         marker = _marker(self._key)
         with suppress(OSError):
-            if set(_files(self._key)).issubset(self._own):
+            kept = _files(self._key)
+            if marker.exists() and kept and marker.stat().st_mtime_ns < _made_at(kept[0]):
                 marker.unlink(missing_ok=True)  # of an outage before
             os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY, stat.S_IRUSR | stat.S_IWUSR))
             return True
