@@ -27,7 +27,13 @@ def tests(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """Find what no test reaches; apart from the tests, as it doubles the work of every process they start."""
     install(session, "tests")
-    apart = ("readers", "exec_outage", "races", "pgbouncer")  # other users, whose files it cannot write; waits; repeats
+    apart = (
+        "readers",
+        "exec_outage",
+        "outages",
+        "races",
+        "pgbouncer",
+    )  # other users, whose files it cannot write; waits; repeats
     session.run("coverage", "erase")
     ignored = [f"--ignore=tests/test_{name}.py" for name in apart]
     session.run("coverage", "run", "-m", "pytest", "-n", "3", "-m", "not soak", *ignored, *session.posargs)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -390,3 +391,36 @@ def test_what_a_reboot_has_left_is_closed_by_what_records_next(
     register(database, before, "lost", silent=61.0)
     history.open_run("job")
     assert [run.task_id for run in history.active_runs()] == (["job"] if is_closed else ["lost", "job"])
+
+
+def test_outcome_that_could_be_told_nowhere_is_told_by_the_heart(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the database is out of use")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TASKRUNS_STATE_DIR", str(tmp_path / "file"))  # where nothing can be kept
+    with TaskRunHistory.connect(database, heartbeat=0.1) as history:
+        with history.record("job") as handle:
+            handle.exit_code = 3
+            monkeypatch.setattr(history, "close_run", fail)
+        until(lambda: not history.active_runs(), "the heart tells the outcome")
+        (run,) = history.runs("job").runs
+        assert (run.phase, run.exit_code, run.recovered) == (TaskPhase.FAILED, 3, False)
+
+
+def test_recorder_goes_on_with_the_runs_of_one_that_was_killed(database: str) -> None:
+    script = (
+        "import os, sys\nfrom taskruns import EventRecorder, TaskRunHistory\n"
+        "recorder = EventRecorder(TaskRunHistory.connect(sys.argv[1]), source='stream')\n"
+        "recorder.record({'kind': 'TaskStarting', 'task': 'job', 'attempt': 1, 'at': '2026-03-01T00:00:00Z'})\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, database], check=False)
+    with TaskRunHistory.connect(database) as history:
+        started = {"kind": "TaskStarting", "task": "other", "attempt": 1, "at": "2026-03-01T00:00:01Z"}
+        EventRecorder(history, source="stream").record(started)
+        numbers = {run.task_id: run.supervisor_id for run in history.active_runs()}
+        assert numbers.keys() == {"job", "other"}
+        assert numbers["job"] == numbers["other"]
