@@ -20,10 +20,14 @@ import pytest
 from commands import Answer, Home, Shell
 from servers import missing, own_directory
 from sqlalchemy import create_engine, make_url, text
+from watchers import register
 
-from taskruns import TaskRunHistory
+from taskruns import TaskRunHistory, spool
 from taskruns.cli import crontab, doctor, storage
+from taskruns.liveness import Process
 from taskruns.schema import SCHEMA_VERSION
+from taskruns.spool import Spool
+from taskruns.url import parse_url
 
 Finding = dict[str, str | None]
 OTHER = 65534
@@ -668,3 +672,38 @@ def test_program_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert crontab.program() == [str(own)]
     own.unlink()
     assert crontab.program() == [str(own.with_name("python")), "-m", "taskruns"]
+
+
+def test_what_is_kept_in_the_spool_is_a_problem(shell: Shell, sqlite: str) -> None:
+    event = {"kind": "TaskStarting", "task": "job", "attempt": 1, "at": "2026-03-01T00:00:00Z"}
+    url = parse_url(sqlite)
+    Spool(url).add_events("stream", [event, event])
+    Spool(parse_url("postgresql://me:geheim@elsewhere/name")).add_events("stream", [event])
+    (path,) = spool.files(url)
+    found = examined(shell, "--db", sqlite)
+    assert problems(found) == ["spool"]
+    own, other = (finding for finding in found if finding["check"] == "spool")
+    assert (own["message"] or "").startswith("2 events not in the database yet, since 20")
+    assert "taskruns replay" in (own["advice"] or "")
+    assert other["message"] == "something is kept for another database: postgresql://elsewhere/name"
+    path.rename(path.with_suffix(".rejected"))
+    rejected = next(finding for finding in examined(shell, "--db", sqlite) if finding["status"] == "problem")
+    assert str(path.with_suffix(".rejected")) in (rejected["message"] or "")
+
+
+def test_runs_whose_process_is_gone_are_a_problem(shell: Shell, database: str) -> None:
+    register(database, Process("elsewhere", "another boot", 1, 77, 1), "job", silent=61)
+    found = examined(shell, "--db", database)
+    assert problems(found) == ["supervisors"]
+    assert the(found, "supervisors")["message"] == "1 run is active whose process is gone: elsewhere:77"
+    assert the(found, "supervisors")["advice"] == "run `taskruns recover`"
+
+
+@pytest.mark.parametrize(("policy", "status", "said"), [("off", "note", "without end"), ("keep=7", "ok", "keep=7")])
+def test_retention_of_the_default_database_is_told(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, policy: str, status: str, said: str
+) -> None:
+    monkeypatch.setenv("TASKRUNS_RETENTION", policy)
+    finding = the(examined(shell), "retention")
+    assert finding["status"] == status
+    assert said in (finding["message"] or "")
