@@ -59,7 +59,7 @@ def test_violation_in_raw_sql_is_refused(connection: Connection, constraint: str
     with pytest.raises((IntegrityError, OperationalError)) as caught:
         put(connection, ROW | change)
     assert f"ck_task_runs_{constraint}" in str(caught.value.orig)
-    assert not isinstance(caught.value, OperationalError) or caught.value.orig.args[0] == 4025  # type: ignore[union-attr]
+    assert not isinstance(caught.value, OperationalError) or caught.value.orig.args[0] == 4025  # type: ignore[union-attr]  # the driver's
 
 
 @pytest.mark.parametrize("column", ["task_id", "attempt", "phase", "started_at"])

@@ -263,7 +263,7 @@ def test_no_kill_leaves_an_active_run_and_no_living_run_is_closed(home: Home, da
             before = len(list(history.all_runs()))
             victims.kill(
                 what=("exec", "child", "record", "ingest", "all")[number % 5],
-                is_up=None if number % 3 == 0 else lambda: len(list(history.all_runs())) > before,  # noqa: B023
+                is_up=None if number % 3 == 0 else lambda: len(list(history.all_runs())) > before,  # noqa: B023  (used up at once)
             )
             finished = {(run.task_id, run.attempt): run for run in history.all_runs() if not run.is_active}
             closed = history.recover()

@@ -22,7 +22,7 @@ from servers import missing, own_directory
 from sqlalchemy import create_engine, make_url, text
 from watchers import register
 
-from taskruns import TaskRunHistory, spool
+from taskruns import TaskPhase, TaskRunHistory, spool
 from taskruns.cli import crontab, doctor, storage
 from taskruns.liveness import Process
 from taskruns.schema import SCHEMA_VERSION
@@ -84,7 +84,7 @@ def ago(**span: float) -> datetime:
 
 def test_healthy_database_has_no_problem(shell: Shell, kind: str, database: str) -> None:
     with TaskRunHistory.connect(database) as history:
-        history.close_run("job", history.open_run("job").attempt, "succeeded")  # type: ignore[arg-type]
+        history.close_run("job", history.open_run("job").attempt, TaskPhase.SUCCEEDED)
         history.open_run("other")
     found = examined(shell, "--db", database)
     assert problems(found) == []
@@ -114,7 +114,7 @@ def test_people_get_a_line_for_each_finding(shell: Shell, sqlite: str) -> None:
     lines = answer.out.splitlines()
     assert len(lines) == len(examined(shell, "--db", sqlite))
     assert all(re.match(r"(ok|note|problem) +\S+ +\S", line) for line in lines)
-    assert len({len(re.match(r"\S+ +\S+ +", line)[0]) for line in lines}) == 1  # type: ignore[index]
+    assert len({len(re.match(r"\S+ +\S+ +", line)[0]) for line in lines}) == 1  # type: ignore[index]  # it matches
     assert f"its group may read it; unless that is meant, `chmod 600 {path_of(sqlite)}`" in answer.out
     assert "\x1b" not in answer.out
 
@@ -285,7 +285,7 @@ def test_runs_that_are_old_are_noted(shell: Shell, database: str) -> None:
         history.open_run("active", started_at=ago(days=900))
         history.open_run("active too", started_at=ago(hours=1))
         run = history.open_run("old", started_at=ago(days=399))
-        history.close_run("old", run.attempt, "failed", finished_at=ago(days=399))  # type: ignore[arg-type]
+        history.close_run("old", run.attempt, TaskPhase.FAILED, finished_at=ago(days=399))
         found = examined(shell, "--db", database)
         assert the(found, "active")["status"] == "note"
         assert f"2 runs are active, the oldest since {ago(days=900):%Y-%m-%d}" in (
@@ -293,7 +293,7 @@ def test_runs_that_are_old_are_noted(shell: Shell, database: str) -> None:
         )
         assert "pruning" not in {finding["check"] for finding in found}
         run = history.open_run("older", started_at=ago(days=402))
-        history.close_run("older", run.attempt, "failed", finished_at=ago(days=401))  # type: ignore[arg-type]
+        history.close_run("older", run.attempt, TaskPhase.FAILED, finished_at=ago(days=401))
     found = examined(shell, "--db", database)
     assert "nothing prunes this database" in (the(found, "pruning")["message"] or "")
     assert "`taskruns prune`" in (the(found, "pruning")["advice"] or "")

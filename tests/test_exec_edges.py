@@ -30,7 +30,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None
 
 def both(home: Home, command: list[str], **options: object) -> tuple[str, str]:
     """Return what a command prints, without the wrapper and inside it."""
-    plain = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
+    plain = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]  # of any kind
     wrapped = home.taskruns("exec", "job", "--", *command, **options)
     assert (wrapped.returncode, wrapped.stderr) == (0, plain.stderr)
     return plain.stdout, wrapped.stdout

@@ -128,7 +128,7 @@ def test_alembic_finds_no_drift(empty_database: str, monkeypatch: pytest.MonkeyP
     alembic = config(empty_database, monkeypatch)
     command.upgrade(alembic, "head")
     command.check(alembic)
-    assert "No new upgrade operations detected" in alembic.stdout.getvalue()  # type: ignore[attr-defined]
+    assert "No new upgrade operations detected" in alembic.stdout.getvalue()  # type: ignore[attr-defined]  # a StringIO
 
 
 @pytest.mark.parametrize(

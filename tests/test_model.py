@@ -117,7 +117,7 @@ def test_run_cannot_finish_as_what_is_no_end(phase: Any) -> None:
 
 def test_run_is_immutable_and_hashable() -> None:
     with pytest.raises(AttributeError):
-        RUN.attempt = 2  # type: ignore[misc]
+        RUN.attempt = 2  # type: ignore[misc]  # which is the point
     assert {RUN: 1}[TaskRun.starting("job", 1, started_at=NOON)] == 1
 
 

@@ -264,7 +264,7 @@ def test_runs_of_an_outage_are_replayed_with_their_times(
     assert (second.attempt, second.source) == (3, "here")
     assert second.error is not None
     assert second.error.endswith("OwnError: mine")
-    assert before <= first.started_at <= first.finished_at <= second.started_at <= second.finished_at <= after  # type: ignore[operator]
+    assert before <= first.started_at <= first.finished_at <= second.started_at <= second.finished_at <= after  # type: ignore[operator]  # all have ended
     assert len(messages()) == 1
 
 
@@ -277,7 +277,7 @@ def test_end_of_a_run_whose_start_is_kept_is_kept_too(history: TaskRunHistory, o
             pass
         assert history.last_run("job") is None  # the file is ours as long as the run has no end
     wait_for(lambda: history.last_run("job") is not None, "the run is not replayed")
-    history._outage._replaying.join()  # type: ignore[union-attr]
+    history._outage._replaying.join()  # type: ignore[union-attr]  # there is one
     assert [run.phase for run in history.runs("job").runs] == [TaskPhase.SUCCEEDED]
     assert spool.files(url_of(history)) == []
 

@@ -37,7 +37,7 @@ def test_four_hundred_commands_at_once(postgresql: str, tmp_path: Path, capsys: 
     home.environment["TASKRUNS_DB"] = postgresql
     plain = make_url(postgresql).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain, autocommit=True) as connection:
-        limit = int(connection.execute("SHOW max_connections").fetchone()[0])  # type: ignore[index]
+        limit = int(connection.execute("SHOW max_connections").fetchone()[0])  # type: ignore[index]  # there is a row
         assert limit <= 100, f"the server takes {limit} connections: this would show nothing"
         began = time.monotonic()
         command = ("--", "sleep", str(SECONDS))

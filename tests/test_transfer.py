@@ -407,7 +407,7 @@ def test_killed_on_the_way_and_started_again(home: Home, database: str, tmp_path
 def test_stopped_on_the_way(home: Home, sqlite: str, number: int, status: int) -> None:
     process = home.start("import", "-", "--db", sqlite, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
-    process.stdin.write(wire_lines(runs_of("a", 30_000)).encode())  # type: ignore[arg-type]
+    process.stdin.write(wire_lines(runs_of("a", 30_000)).encode())  # type: ignore[arg-type]  # bytes
     process.stdin.flush()
     with TaskRunHistory.connect(sqlite) as history:
         while history.last_run("a") is None:
@@ -415,7 +415,7 @@ def test_stopped_on_the_way(home: Home, sqlite: str, number: int, status: int) -
     process.send_signal(number)
     _, complaints = process.communicate()
     assert process.returncode == status
-    assert b"Traceback" not in complaints  # type: ignore[operator]
+    assert b"Traceback" not in complaints  # type: ignore[operator]  # bytes
     assert len(stored(sqlite)) % transfer._SQLITE_CHUNK == 0
 
 

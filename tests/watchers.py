@@ -166,7 +166,7 @@ def lose(url: str, *tasks: str, by: Process = GONE, silent: float = 0.0) -> int:
 
 def be(process: Process) -> None:
     """Pass for another process, from here on."""
-    Process.here = classmethod(lambda _cls: process)  # type: ignore[method-assign,assignment]
+    Process.here = classmethod(lambda _cls: process)  # type: ignore[method-assign,assignment]  # its purpose
 
 
 def shift_clock(seconds: float) -> None:

@@ -220,10 +220,10 @@ def _reading_mode(path: str) -> str:
     close it removes them, if he may write; otherwise they would stay, be the reader's, and lock out the owner.
     """
     path = os.path.realpath(path)
-    if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK):  # noqa: PTH120
+    if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK | os.X_OK):  # noqa: PTH120  (a text)
         return "mode=rw"
     # Without a WAL nobody has it open for writing, and all of it is in the file.
-    return "mode=ro" if os.path.exists(f"{path}-wal") else "mode=ro&immutable=1"  # noqa: PTH110
+    return "mode=ro" if os.path.exists(f"{path}-wal") else "mode=ro&immutable=1"  # noqa: PTH110  (a text)
 
 
 def _use_wal(cursor: Any) -> None:

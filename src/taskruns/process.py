@@ -149,7 +149,7 @@ def run(
 def _start(command: Sequence[str], environment: Mapping[str, str], stderr: int | None) -> "subprocess.Popen[bytes]":
     def start(arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
         # Other descriptors pass through, as under timeout(1): a lock file, for instance. Ours do not: see PEP 446.
-        return subprocess.Popen(arguments, env=environment, stderr=stderr, process_group=0, close_fds=False)  # noqa: S603
+        return subprocess.Popen(arguments, env=environment, stderr=stderr, process_group=0, close_fds=False)  # noqa: S603  (its purpose)
 
     try:
         return start(command)

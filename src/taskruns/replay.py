@@ -209,15 +209,13 @@ class _Replaying:
 
     def persist(self, operation: Callable[[Connection], None]) -> None:
         """Do something in the database, and again after a transient error: all that is done here may be done twice."""
-        retry = Retry(RETRY_FOR, None)
-        while True:
-            try:
-                with self._engine.connect() as connection:
-                    return operation(connection)
-            except Exception as error:
-                if not retry.is_worth_it(error):
-                    raise
-                time.sleep(0.05)
+        from tenacity import Retrying  # noqa: PLC0415  (only where something was kept)
+
+        def persist() -> None:
+            with self._engine.connect() as connection:
+                operation(connection)
+
+        Retrying(**Retry(RETRY_FOR, None).policy())(persist)
 
     def replay_file(self, path: Path, file: BinaryIO) -> None:
         """Write what is in a file, and remove it when that is done."""
@@ -386,9 +384,7 @@ def _apply(connection: Connection, item: _Item, run: TaskRun) -> Mark | None:
 
 def _opened(connection: Connection, run: TaskRun) -> TaskRun:
     """Return a run as the database has it; it is opened if it is not there, in a transaction with the task's lock."""
-    start = Start(run, numbered=False)
-    row = connection.execute(statements.find_start(numbered=False), start.parameters()).first()
-    return open_start(connection, start) if row is None else run_of(row)
+    return open_start(connection, Start(run, numbered=False), again=True)
 
 
 _NOBODY = Process("", None, None, 0, None)

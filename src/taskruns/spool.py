@@ -27,7 +27,7 @@ from sqlalchemy import URL
 from taskruns.liveness import Process
 from taskruns.model import Outcome, TaskPhase, TaskRun, clean_error
 from taskruns.times import rfc3339
-from taskruns.url import hide_password, is_file
+from taskruns.url import hide_password, is_file, is_in_memory
 
 fcntl: ModuleType | None
 try:
@@ -81,9 +81,7 @@ def directory() -> Path:
 
 def has_spool(url: URL) -> bool:
     """Whether anything can be kept for a database: one in memory is gone before it could be replayed."""
-    name = str(url.database or "")
-    is_shared_file = name.startswith("file:") and ":memory:" not in name and url.query.get("mode") != "memory"
-    return url.get_backend_name() != "sqlite" or is_file(url) or is_shared_file
+    return not is_in_memory(url)
 
 
 def files(url: URL) -> list[Path]:

@@ -193,7 +193,7 @@ class AsyncTaskRunHistory:
     async def add_rows(self, rows: Sequence[Row]) -> RowsAdded:
         """Store runs that are rows already, as :func:`taskruns.bulk.row_from_wire` makes them, in one transaction."""
 
-        def add(connection: Connection, _lost: bool) -> RowsAdded:  # noqa: FBT001
+        def add(connection: Connection, _lost: bool) -> RowsAdded:  # noqa: FBT001  (as in Operation)
             with engine.transaction(connection):
                 return bulk.add_rows(connection, rows)
 

@@ -173,7 +173,7 @@ def _default(winner: str, found: list[Database]) -> Findings:
     if not winner:
         found.append(default)
         yield Finding("database", "ok", f"{default} (the default)")
-    elif not (found and found[0].url == default.url) and os.path.exists(str(default.url.database)):  # noqa: PTH110
+    elif not (found and found[0].url == default.url) and os.path.exists(str(default.url.database)):  # noqa: PTH110  (as in existing())
         yield Finding("configuration", "note", f"the default, {default}, exists, but {winner} comes first")
 
 

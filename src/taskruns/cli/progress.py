@@ -37,7 +37,7 @@ def progress(total: int | None = None, *, hidden: bool = False) -> Iterator[Bar]
         yield Bar()
         return
     from rich.console import Console  # noqa: PLC0415  (only for a person who watches)
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415  (as above)
 
     rest = [] if total is None else [TimeRemainingColumn()]
     shown = TextColumn("{task.fields[runs]} runs")
