@@ -11,7 +11,7 @@ from histories import Histories
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
-from taskruns import RunsAdded, TaskPhase, TaskRun, TaskRunHistory, TaskRunRepository, bulk, history as history_module
+from taskruns import RunsAdded, TaskPhase, TaskRun, TaskRunHistory, TaskRunRepository, bulk
 
 FROM = datetime(2026, 3, 1, 2, 15, 0, 123456, tzinfo=UTC)
 TEXTS = [r"\N", "\\", "a\tb\nc\rd\\n", "\\.", "quo\"ted, 'too'", "é 漢 \U0001f600", "\x01\x1f\x7f", " padded ", "NULL"]
@@ -253,8 +253,8 @@ def test_a_run_that_appears_between_look_and_insert(
 
 @pytest.fixture
 def pages_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history_module, "PAGE", 3)
-    monkeypatch.setattr("taskruns.aio.history.PAGE", 3)
+    monkeypatch.setattr("taskruns.reader.PAGE", 3)
+    monkeypatch.setattr("taskruns.aio.reader.PAGE", 3)
 
 
 @pytest.mark.usefixtures("pages_of_three")

@@ -13,7 +13,7 @@ from histories import Histories
 from sqlalchemy import event, make_url, select
 from sqlalchemy.exc import OperationalError
 
-from taskruns import RunExistsError, TaskRunHistory, statements
+from taskruns import RunExistsError, TaskRunHistory, query_statements
 from taskruns.aio import AsyncTaskRunHistory
 from taskruns.schema import task_runs
 from taskruns.url import ASYNC_DRIVERS, hide_password, parse_url
@@ -197,7 +197,6 @@ def test_forms_of_the_task_list_agree(postgresql: str, walk: tuple[bool, bool]) 
     with TaskRunHistory.connect(postgresql) as history:
         for number, name in enumerate(["b", "a", "C", "é", "a!"] * 3):
             history.open_run(name, started_at=NOON + timedelta(seconds=number))
-        form: dict[str, Any] = {"walk": walk[0], "lateral": walk[1]}
         arguments: list[dict[str, Any]] = [
             {},
             {"limit": 2},
@@ -207,7 +206,8 @@ def test_forms_of_the_task_list_agree(postgresql: str, walk: tuple[bool, bool]) 
         ]
         with history._engine.connect() as connection:
             for extra in arguments:
-                found = [tuple(row) for row in connection.execute(statements.tasks(**form, **extra))]
+                query = query_statements.tasks(*walk, "after" if "after" in extra else None)
+                found = [tuple(row) for row in connection.execute(query, {"limit": 99} | extra)]
                 latest = [(run.task_id, run.attempt) for run in history.tasks(**extra)]
                 assert [(row[0], row[1]) for row in found] == latest
                 assert latest or extra == {"limit": 9, "after": "é"}

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import create_engine, insert
 
 from taskruns import PROBLEMS, TaskPhase, TaskRun, TaskRunHistory
-from taskruns.history import PAGE
+from taskruns.reader import PAGE
 from taskruns.schema import task_runs
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)

@@ -18,7 +18,8 @@ TWINS = [(TaskRunHistory, AsyncTaskRunHistory), (TaskRunRepository, AsyncTaskRun
 
 
 def public(twin: type) -> dict[str, Any]:
-    return {name: value for name, value in vars(twin).items() if not name.startswith("_") and name not in INNER}
+    found = {name: value for cls in reversed(twin.__mro__) for name, value in vars(cls).items()}
+    return {name: value for name, value in found.items() if not name.startswith("_") and name not in INNER}
 
 
 @pytest.mark.parametrize(("sync", "twin"), TWINS)

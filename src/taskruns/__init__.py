@@ -14,19 +14,25 @@ if TYPE_CHECKING:
         TaskRunsError,
     )
     from taskruns.events import Event
+    from taskruns.filters import RunFilter, RunOrder
     from taskruns.history import TaskRunHistory
     from taskruns.liveness import Supervisor
     from taskruns.model import PROBLEMS, TaskPhase, TaskRun
     from taskruns.orm import SupervisorRow, TaskRunRow
+    from taskruns.reading import RunPage
     from taskruns.recorder import EventRecorder
     from taskruns.replay import Replayed
-    from taskruns.repository import RunPage, TaskRunRepository
+    from taskruns.repository import TaskRunRepository
     from taskruns.retention import Retention
+    from taskruns.stats import DurationStats, RunStats, Span, StatsPart
+    from taskruns.summaries import TaskSummary
     from taskruns.timeline import Effect
+    from taskruns.windows import Window
 
 __all__ = [
     "PROBLEMS",
     "AttemptConflictError",
+    "DurationStats",
     "Effect",
     "Event",
     "EventRecorder",
@@ -34,10 +40,15 @@ __all__ = [
     "Retention",
     "RunClosedError",
     "RunExistsError",
+    "RunFilter",
     "RunNotFoundError",
+    "RunOrder",
     "RunPage",
+    "RunStats",
     "RunsAdded",
     "SchemaVersionError",
+    "Span",
+    "StatsPart",
     "Supervisor",
     "SupervisorRow",
     "TaskPhase",
@@ -46,6 +57,8 @@ __all__ = [
     "TaskRunRepository",
     "TaskRunRow",
     "TaskRunsError",
+    "TaskSummary",
+    "Window",
 ]
 
 _HOMES = {
@@ -59,7 +72,15 @@ _HOMES = {
     "TaskRun": "model",
     "TaskRunHistory": "history",
     "TaskRunRepository": "repository",
-    "RunPage": "repository",
+    "RunPage": "reading",
+    "RunFilter": "filters",
+    "RunOrder": "filters",
+    "RunStats": "stats",
+    "DurationStats": "stats",
+    "Span": "stats",
+    "StatsPart": "stats",
+    "TaskSummary": "summaries",
+    "Window": "windows",
     "RunsAdded": "bulk",
     "Supervisor": "liveness",
     "SupervisorRow": "orm",

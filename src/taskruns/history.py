@@ -1,4 +1,4 @@
-"""A task's history in a database: each call is one transaction."""
+"""The history of tasks in a database: what records runs. Each call is one transaction."""
 
 import logging
 import socket
@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
-from typing import Self, TypeVar
+from typing import Self
 
 from sqlalchemy import URL, Connection, Engine
 
@@ -16,12 +15,13 @@ from taskruns.bulk import Row, RowsAdded, RunsAdded
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
-from taskruns.liveness import STALE_AFTER, Process, Supervisor
+from taskruns.liveness import STALE_AFTER, Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.pruning import Forgetting, Pruning, turns_of
+from taskruns.reader import RETRY_FOR, Reader
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
 from taskruns.replay import Replayed, replay
-from taskruns.repository import Phases, RunPage, TaskRunRepository
+from taskruns.repository import TaskRunRepository
 from taskruns.retention import Retention, is_turn
 from taskruns.retrying import OnRetry, Retry
 from taskruns.spool import Spool
@@ -30,21 +30,10 @@ from taskruns.supervision import HEARTBEAT, Supervision, Watch
 from taskruns.timeline import Effect
 from taskruns.writing import Start
 
-T = TypeVar("T")
-
-Operation = Callable[[Connection, bool], T]
-"""What to do on a connection; the flag says that an earlier try may have been written although its answer was lost."""
-
-RETRY_FOR = 5.0
-"""Seconds for which a call goes on trying after a transient error."""
-
-PAGE = 500
-"""Runs that a stream fetches at a time."""
-
 _log = logging.getLogger("taskruns")
 
 
-class TaskRunHistory:
+class TaskRunHistory(Reader):
     """The runs of all tasks in one database. May be shared between threads; a forked child may go on using it.
 
     Every call commits before it returns. Transient errors (a busy database, a deadlock, a lost connection) are tried
@@ -61,15 +50,12 @@ class TaskRunHistory:
         heartbeat: float = HEARTBEAT,
         retention: Retention | None = None,
     ) -> None:
+        super().__init__(engine, retry_for=retry_for, on_retry=on_retry)
         self.url = url_of(engine)
-        self._engine = engine
-        self.on_retry = on_retry
         self.retention = retention
         self.source = socket.gethostname() if source is None else source
         self._supervision = Supervision(self.url, self.source, heartbeat)
-        self._retry_for = retry_for
         self._outage = Outage(None if only_reads(engine) else self.url)
-        self._is_current = False
 
     @classmethod
     def connect(
@@ -106,27 +92,9 @@ class TaskRunHistory:
         own = engine.create(url, read_only=read_only, lock_timeout=lock_timeout)
         return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention)
 
-    def dispose(self) -> None:
-        """Close the idle connections. A later call opens new ones."""
-        self._engine.dispose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.dispose()
-
     def upgrade(self) -> None:
         """Create the tables, or bring them to this version."""
         migrate.upgrade(self._engine)
-
-    def check_version(self) -> None:
-        """Check that the database's tables suit this code; every other call does it too, once.
-
-        Raises:
-            SchemaVersionError: they are missing, too old, or of another major version.
-        """
-        self._call(lambda _connection, _lost: None)
 
     def prepare(self) -> None:
         """Create or upgrade the tables of an SQLite database where needed; on a server they have to be there.
@@ -274,10 +242,6 @@ class TaskRunHistory:
         self._call(close)
         return closed
 
-    def supervisors(self) -> list[Supervisor]:
-        """Return the processes that are registered to watch over runs, in the order they came."""
-        return self._ask(lambda runs: runs.supervisors())
-
     def replay(self, *, seconds: float | None = None, wait: bool = False, stream: Stream | None = None) -> Replayed:
         """Write what is kept in the spool of this database, and remove it there.
 
@@ -359,48 +323,6 @@ class TaskRunHistory:
         """Give the space of deleted runs back to the file system. Writers wait meanwhile, and may give up."""
         self._call(pruning.compact)
 
-    def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
-        """Return a run; None if there is no such run."""
-        return self._ask(lambda runs: runs.get_run(task_id, attempt))
-
-    def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
-        """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
-        return self._ask(lambda runs: runs.last_run(task_id, phases=phases))
-
-    def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
-        """Return a page of the task's runs, newest attempt first: see :meth:`TaskRunRepository.runs`."""
-        return self._ask(lambda runs: runs.runs(task_id, phases=phases, limit=limit, after=after))
-
-    def iter_runs(self, task_id: str, *, phases: Phases = None) -> Iterator[TaskRun]:
-        """Yield all of the task's runs, newest attempt first, a page at a time: the memory it takes is constant."""
-        if phases is not None and not isinstance(phases, str):
-            phases = tuple(phases)
-        after = None
-        while True:
-            page = self.runs(task_id, phases=phases, limit=PAGE, after=after)
-            yield from page.runs
-            after = page.next_cursor
-            if after is None:
-                return
-
-    def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
-        """Return the active runs, of one task or of all, in the order they started."""
-        return self._ask(lambda runs: runs.active_runs(task_id))
-
-    def all_runs(self, task_id: str | None = None) -> Iterator[TaskRun]:
-        """Yield the runs of one task or of all, in the order of task id and attempt: the memory it takes is constant.
-
-        Runs that are opened meanwhile are yielded if they come later in this order; none is repeated or missed.
-        """
-        after = None
-        while page := self._ask(partial(TaskRunRepository.all_runs, task_id=task_id, limit=PAGE, after=after)):
-            yield from page
-            after = (page[-1].task_id, page[-1].attempt)
-
-    def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
-        """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
-        return self._ask(lambda runs: runs.tasks(limit=limit, after=after))
-
     def record(
         self, task_id: str, *, source: str | None = None, submission: str | None = None, on_error: OnError = "warn"
     ) -> Recording:
@@ -444,31 +366,3 @@ class TaskRunHistory:
                             self._supervision.owe(task_id, handle.run.attempt, Outcome.of(**handle.outcome(exception)))
 
         return Recording(begin, end)
-
-    def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
-        return self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
-
-    def _call(self, operation: Operation[T]) -> T:
-        retry = Retry(self._retry_for, self.on_retry)
-        try:
-            return self._call_once(operation, retry)
-        except Exception as error:
-            if not retry.is_worth_it(error):
-                raise
-        from tenacity import Retrying  # noqa: PLC0415  (only where something went wrong)
-
-        again = Retrying(**retry.policy())
-        result: T = again(self._call_once, operation, retry)
-        return result
-
-    def _call_once(self, operation: Operation[T], retry: Retry) -> T:
-        with self._engine.connect() as connection:
-            self._require_current(connection)
-            return operation(connection, retry.lost)
-
-    def _require_current(self, connection: Connection) -> None:
-        """Check the tables' version, once: migrations within a major never take away what this code needs."""
-        if not self._is_current:
-            migrate.require(connection)
-            connection.commit()
-            self._is_current = True

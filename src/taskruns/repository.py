@@ -1,30 +1,21 @@
 """Runs in a transaction of the caller's: statements in, :class:`TaskRun` out. It never commits."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta, tzinfo
 
-from sqlalchemy import Connection, Select
+from sqlalchemy import Connection
 
-from taskruns import bulk, engine, recovery, statements
+from taskruns import bulk, engine, reading, recovery
 from taskruns.bulk import RunsAdded
+from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
-from taskruns.model import MAX_ATTEMPT, Outcome, TaskPhase, TaskRun, checked_name, checked_phase
+from taskruns.model import Outcome, TaskPhase, TaskRun, checked_name
+from taskruns.reading import RunPage
+from taskruns.stats import RunStats, Span
+from taskruns.summaries import TaskSummary, summaries
 from taskruns.supervision import Watch
-from taskruns.writing import Start, close, key_of, open_start, run_of, supersede
-
-Phases = TaskPhase | Iterable[TaskPhase] | None
-"""A phase, several, or None for all."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunPage:
-    """Some runs of a task, newest attempt first."""
-
-    runs: list[TaskRun]
-    next_cursor: str | None
-    """What to give as ``after`` for the page that follows; None if there is none."""
+from taskruns.windows import Window
+from taskruns.writing import Start, close, open_start, supersede
 
 
 class TaskRunRepository:
@@ -138,34 +129,38 @@ class TaskRunRepository:
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
-        row = self._connection.execute(statements.get_run(), key_of(task_id, attempt)).first()
-        return None if row is None else run_of(row)
+        return reading.get_run(self._connection, task_id, attempt)
 
     def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
         """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
-        found = self._runs(statements.runs(checked_name(task_id, "task id"), phases=_phases(phases), limit=1))
-        return found[0] if found else None
+        return reading.last_run(self._connection, RunFilter(checked_name(task_id, "task id"), phases=phases))
 
-    def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
-        """Return a page of the task's runs, newest attempt first.
+    def runs(
+        self,
+        wanted: str | RunFilter | None = None,
+        *,
+        phases: Phases = None,
+        order: RunOrder = RunOrder.NEWEST,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> RunPage:
+        """Return a page of runs: those of a task, those that a filter wants, or of all.
 
-        Runs that are opened meanwhile neither shift nor repeat what the following pages hold.
+        Runs that are opened, closed or deleted meanwhile neither shift nor repeat what the following pages hold.
 
         Raises:
-            ValueError: ``limit`` is less than 1, ``after`` is no cursor, or a phase does not exist.
+            ValueError: ``limit`` is less than 1, ``after`` is no cursor of such a list, a phase does not exist, or the
+                longest runs are wanted neither of one task nor in a window of time.
         """
-        checked_name(task_id, "task id")
-        _check_limit(limit)
-        if after is not None and not (after.isascii() and after.isdecimal() and int(after) <= MAX_ATTEMPT):
-            raise ValueError(f"not a cursor of a page of runs: {after!r}")
-        before = None if after is None else int(after)
-        found = self._runs(statements.runs(task_id, phases=_phases(phases), limit=limit + 1, before=before))
-        page = found[:limit]
-        return RunPage(page, str(page[-1].attempt) if len(found) > limit else None)
+        return reading.page(self._connection, filter_of(wanted, phases), order, limit=limit, after=after)
 
-    def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
-        """Return the active runs, of one task or of all, in the order they started."""
-        return self._runs(statements.active_runs(None if task_id is None else checked_name(task_id, "task id")))
+    def count_runs(self, wanted: str | RunFilter | None = None, *, phases: Phases = None) -> int:
+        """Return how many runs there are: of a task, of those that a filter wants, or of all."""
+        return reading.count(self._connection, filter_of(wanted, phases))
+
+    def active_runs(self, wanted: str | RunFilter | None = None) -> list[TaskRun]:
+        """Return the active runs, of a task, of those that a filter wants, or of all, in the order they started."""
+        return reading.active_runs(self._connection, filter_of(wanted))
 
     def all_runs(
         self, task_id: str | None = None, *, limit: int = 50, after: tuple[str, int] | None = None
@@ -175,19 +170,7 @@ class TaskRunRepository:
         Raises:
             ValueError: ``limit`` is less than 1, or ``after`` is no key.
         """
-        _check_limit(limit)
-        # Two questions, as not every database looks up a pair that is greater than another by the key.
-        found: list[TaskRun] = []
-        if after is not None:
-            checked_name(after[0], "task id")
-            if task_id in (None, after[0]):
-                found = self._runs(statements.following_runs(*after, limit=limit))
-        elif task_id is not None:
-            found = self._runs(statements.following_runs(checked_name(task_id, "task id"), 0, limit=limit))
-        if task_id is None and len(found) < limit:
-            last = None if after is None else after[0]
-            found += self._runs(statements.runs_of_following_tasks(last, limit=limit - len(found)))
-        return found
+        return reading.all_runs(self._connection, task_id, limit=limit, after=after)
 
     def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
         """Return the latest run of every task, in the order of the task ids, those greater than ``after``.
@@ -195,27 +178,55 @@ class TaskRunRepository:
         Raises:
             ValueError: ``limit`` is less than 1, or ``after`` is no task id.
         """
-        if limit is not None:
-            _check_limit(limit)
-        if after is not None:
-            checked_name(after, "task id")
-        postgresql = self._connection.dialect.name == "postgresql"
-        walk = self._connection.dialect.name == "sqlite" or (postgresql and not self._is_citus())
-        return self._runs(statements.tasks(walk=walk, lateral=postgresql, limit=limit, after=after))
+        return reading.tasks(self._connection, limit=limit, after=after)
 
-    def _is_citus(self) -> bool:
-        return bool(self._connection.scalar(statements.citus()))
+    def summaries(
+        self,
+        task_glob: str | None = None,
+        *,
+        phases: Phases = None,
+        stale_after: timedelta | None = None,
+        window: Window = ANY_TIME,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> list[TaskSummary]:
+        """Return how tasks are doing, in the order of their ids.
 
-    def _runs(self, query: Select[Any]) -> list[TaskRun]:
-        return [run_of(row) for row in self._connection.execute(query)]
+        Args:
+            task_glob: Only the tasks that match: ``*``, ``?`` and ``[...]`` as in the shell, ``[*]`` is a star.
+            phases: Only the tasks whose last run is in one of these.
+            stale_after: Only the tasks whose last success ended longer ago, or that have none.
+            window: Within which runs started that count in the statistics.
+            limit: How many tasks.
+            after: The task id after which to begin: the last one of the page before.
 
+        Raises:
+            ValueError: an argument is outside its rules.
+        """
+        return summaries(
+            self._connection,
+            task_glob=task_glob,
+            phases=phases,
+            stale_after=stale_after,
+            window=window,
+            limit=limit,
+            after=after,
+        )
 
-def _check_limit(limit: int) -> None:
-    if limit < 1:
-        raise ValueError(f"limit must be 1 or more, not {limit}")
+    def stats(
+        self,
+        wanted: str | RunFilter | None = None,
+        *,
+        phases: Phases = None,
+        by: Span | None = None,
+        zone: tzinfo = UTC,
+    ) -> RunStats:
+        """Return statistics of runs: of a task, of those that a filter wants, or of all.
 
-
-def _phases(phases: Phases) -> tuple[TaskPhase, ...] | None:
-    if phases is None:
-        return None
-    return tuple(checked_phase(phase) for phase in ([phases] if isinstance(phases, str) else phases))
+        Args:
+            wanted: A task id or a filter; None for all runs.
+            phases: Only the runs in one of these.
+            by: Also by the day, or the hour, in which they started.
+            zone: The time zone of these.
+        """
+        return reading.stats(self._connection, filter_of(wanted, phases), by=by, zone=zone)

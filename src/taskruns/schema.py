@@ -31,7 +31,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from taskruns.model import MAX_ATTEMPT, MAX_NAME_LENGTH, TaskPhase
 from taskruns.times import in_utc
 
-SCHEMA_VERSION = "1_0002"
+SCHEMA_VERSION = "1_0003"
 """The oldest revision this code works with, as MAJOR_NUMBER. Within a major, migrations only add."""
 
 VERSION_TABLE = "taskruns_version"
@@ -193,6 +193,7 @@ _PARTIAL, _FULL_ONLY = ("sqlite", "postgresql"), ("mysql", "mariadb")
 _index("started", task_runs.c.started_at, dialects=(*_PARTIAL, *_FULL_ONLY))
 _index("active", task_runs.c.started_at, where=text("finished_at IS NULL"), dialects=_PARTIAL)
 _index("problems", task_runs.c.finished_at, where=text(IS_PROBLEM), dialects=_PARTIAL)
+_index("problems_of_task", task_runs.c.task_id, task_runs.c.attempt, where=text(IS_PROBLEM), dialects=_PARTIAL)
 _index("finished", task_runs.c.finished_at.desc(), task_runs.c.phase, dialects=_FULL_ONLY)
 
 

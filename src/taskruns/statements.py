@@ -17,8 +17,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
-    column,
-    exists,
     false,
     func,
     insert,
@@ -27,7 +25,6 @@ from sqlalchemy import (
     not_,
     or_,
     select,
-    table,
     true,
     update,
 )
@@ -203,41 +200,11 @@ def lowest_attempt() -> Select[Any]:
     return select(func.min(_C.attempt)).where(_C.task_id == _bind("task_id"), _C.attempt >= least)
 
 
-def runs(
-    task_id: str, *, phases: Collection[TaskPhase] | None = None, limit: int | None = None, before: int | None = None
-) -> Select[Any]:
-    """Select a task's runs, newest attempt first, those with a lower number than ``before``."""
-    query = select(*COLUMNS).where(_C.task_id == task_id).order_by(_C.attempt.desc())
-    if phases is not None:
-        query = query.where(_C.phase.in_(phases))
-    if before is not None:
-        query = query.where(_C.attempt < before)
-    return query if limit is None else query.limit(limit)
-
-
 def runs_by_key(keys: Mapping[str, Collection[int]]) -> Select[Any]:
     """Select the runs with these attempts of these tasks."""
     # Not a list of pairs, which not every database looks up by the key.
     of_tasks = [and_(_C.task_id == task_id, _C.attempt.in_(attempts)) for task_id, attempts in keys.items()]
     return select(*COLUMNS).where(or_(*of_tasks))
-
-
-def following_runs(task_id: str, attempt: int, *, limit: int) -> Select[Any]:
-    """Select the task's runs after an attempt, in order."""
-    query = select(*COLUMNS).where(_C.task_id == task_id, _C.attempt > attempt)
-    return query.order_by(_C.attempt).limit(limit)
-
-
-def runs_of_following_tasks(task_id: str | None, *, limit: int) -> Select[Any]:
-    """Select the runs of the tasks after this one, or of all, in order."""
-    query = select(*COLUMNS).order_by(*KEY).limit(limit)
-    return query if task_id is None else query.where(_C.task_id > task_id)
-
-
-def active_runs(task_id: str | None = None) -> Select[Any]:
-    """Select the active runs, of one task or of all, in the order they started."""
-    query = select(*COLUMNS).where(_C.finished_at.is_(None)).order_by(_C.started_at, *KEY)
-    return query if task_id is None else query.where(_C.task_id == task_id)
 
 
 def active_count() -> Select[Any, Any]:
@@ -248,52 +215,3 @@ def active_count() -> Select[Any, Any]:
 def oldest_runs(*, limit: int) -> Select[Any]:
     """Select when the oldest runs of all tasks started and finished: some entries of the index, never the table."""
     return select(_C.started_at, _C.finished_at).order_by(_C.started_at).limit(limit)
-
-
-def tasks(*, walk: bool, lateral: bool = False, limit: int | None = None, after: str | None = None) -> Select[Any]:
-    """Select the latest run of every task, in the order of the task ids, those greater than ``after``.
-
-    ``walk`` steps from one task id to the next through the primary key, which costs time by the number of tasks, not
-    of runs: the form for SQLite and, with ``lateral``, PostgreSQL. The other form groups: MariaDB does that as a walk
-    of its own (and the recursion a hundred times slower), and Citus knows no recursion over all tasks.
-    """
-    latest = _walked(limit, after, lateral=lateral) if walk else _grouped(limit, after)
-    return latest.order_by(latest.selected_columns.task_id)
-
-
-def _walked(limit: int | None, after: str | None, *, lateral: bool) -> Select[Any]:
-    first, following, newest = _T.alias("first"), _T.alias("following"), _T.alias("newest")
-    start = select(func.min(first.c.task_id).label("task_id"), literal(1).label("n"))
-    if after is not None:
-        start = start.where(first.c.task_id > after)
-    ids = start.cte("ids", recursive=True)
-    previous = ids.alias("previous")
-    step = select(func.min(following.c.task_id)).where(following.c.task_id > previous.c.task_id)
-    walk = select(step.correlate(previous).scalar_subquery(), previous.c.n + 1).where(previous.c.task_id.is_not(None))
-    if limit is not None:  # here, not outside: an ORDER BY there would have the whole walk done first
-        walk = walk.where(previous.c.n < limit)
-    ids = ids.union_all(walk)
-    if lateral:
-        newest_run = select(_T).where(_C.task_id == ids.c.task_id).order_by(_C.attempt.desc()).limit(1)
-        run = newest_run.correlate(ids).lateral("run")
-        return select(*(run.c[column.name] for column in COLUMNS)).select_from(ids.join(run, true()))
-    attempt = (
-        select(func.max(newest.c.attempt)).where(newest.c.task_id == ids.c.task_id).correlate(ids).scalar_subquery()
-    )
-    return select(*COLUMNS).select_from(ids.join(_T, and_(_C.task_id == ids.c.task_id, _C.attempt == attempt)))
-
-
-def _grouped(limit: int | None, after: str | None) -> Select[Any]:
-    newest = _T.alias("newest")
-    last = select(newest.c.task_id, func.max(newest.c.attempt).label("attempt")).group_by(newest.c.task_id)
-    if after is not None:
-        last = last.where(newest.c.task_id > after)
-    if limit is not None:
-        last = last.order_by(newest.c.task_id).limit(limit)
-    key = last.subquery("last")
-    return select(*COLUMNS).join(key, and_(_C.task_id == key.c.task_id, _C.attempt == key.c.attempt))
-
-
-def citus() -> Select[Any]:
-    """Select whether this PostgreSQL is Citus."""
-    return select(exists().where(column("extname") == "citus").select_from(table("pg_extension")))

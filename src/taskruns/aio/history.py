@@ -6,25 +6,24 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from functools import partial
-from typing import Self, TypeVar
+from typing import Self
 
 from sqlalchemy import URL, Connection
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from taskruns import bulk, engine, migrate, pruning, recovery
+from taskruns.aio.reader import AsyncReader
 from taskruns.aio.repository import AsyncTaskRunRepository
 from taskruns.bulk import Row, RowsAdded, RunsAdded
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
-from taskruns.history import PAGE, RETRY_FOR, Operation
-from taskruns.liveness import STALE_AFTER, Process, Supervisor
+from taskruns.liveness import STALE_AFTER, Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.pruning import Forgetting, Pruning, turns_of
+from taskruns.reader import RETRY_FOR
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
 from taskruns.replay import Replayed, replay
-from taskruns.repository import Phases, RunPage, TaskRunRepository
 from taskruns.retention import Retention, is_turn
 from taskruns.retrying import OnRetry, Retry
 from taskruns.spool import Spool
@@ -34,12 +33,10 @@ from taskruns.timeline import Effect
 from taskruns.url import ASYNC_DRIVERS, parse_url, with_sync_driver
 from taskruns.writing import Start
 
-T = TypeVar("T")
-
 _log = logging.getLogger("taskruns")
 
 
-class AsyncTaskRunHistory:
+class AsyncTaskRunHistory(AsyncReader):
     """The twin of :class:`taskruns.TaskRunHistory`. Belongs to the event loop that first uses it."""
 
     def __init__(
@@ -52,15 +49,12 @@ class AsyncTaskRunHistory:
         heartbeat: float = HEARTBEAT,
         retention: Retention | None = None,
     ) -> None:
+        super().__init__(engine, retry_for=retry_for, on_retry=on_retry)
         self.url = url_of(engine.sync_engine)
-        self._engine = engine
-        self.on_retry = on_retry
         self.retention = retention
         self.source = socket.gethostname() if source is None else source
         self._supervision = Supervision(self.url, self.source, heartbeat)
-        self._retry_for = retry_for
         self._outage = Outage(None if only_reads(engine.sync_engine) else self.url)
-        self._is_current = False
 
     @classmethod
     def connect(
@@ -83,16 +77,6 @@ class AsyncTaskRunHistory:
         engine.prepared(own.sync_engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
         return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention)
 
-    async def dispose(self) -> None:
-        """Close the idle connections. A later call opens new ones."""
-        await self._engine.dispose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.dispose()
-
     async def upgrade(self) -> None:
         """Create the tables, or bring them to this version."""
         # Waiting in the lock itself would stop the event loop, which its holder may need to go on.
@@ -103,10 +87,6 @@ class AsyncTaskRunHistory:
                 await connection.run_sync(migrate.upgrade_connection)
         finally:
             migrate.lock.release()
-
-    async def check_version(self) -> None:
-        """Check that the database's tables suit this code: see :meth:`taskruns.TaskRunHistory.check_version`."""
-        await self._call(lambda _connection, _lost: None)
 
     async def prepare(self) -> None:
         """Create or upgrade the tables of an SQLite database: see :meth:`taskruns.TaskRunHistory.prepare`."""
@@ -230,10 +210,6 @@ class AsyncTaskRunHistory:
         await self._call(close)
         return closed
 
-    async def supervisors(self) -> list[Supervisor]:
-        """Return the processes that are registered to watch over runs, in the order they came."""
-        return await self._ask(lambda runs: runs.supervisors())
-
     async def replay(
         self, *, seconds: float | None = None, wait: bool = False, stream: Stream | None = None
     ) -> Replayed:
@@ -294,47 +270,6 @@ class AsyncTaskRunHistory:
         """Give the space of deleted runs back to the file system: see :meth:`taskruns.TaskRunHistory.compact`."""
         await self._call(pruning.compact)
 
-    async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
-        """Return a run; None if there is no such run."""
-        return await self._ask(lambda runs: runs.get_run(task_id, attempt))
-
-    async def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
-        """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
-        return await self._ask(lambda runs: runs.last_run(task_id, phases=phases))
-
-    async def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
-        """Return a page of the task's runs, newest attempt first: see :meth:`TaskRunRepository.runs`."""
-        return await self._ask(lambda runs: runs.runs(task_id, phases=phases, limit=limit, after=after))
-
-    async def iter_runs(self, task_id: str, *, phases: Phases = None) -> AsyncIterator[TaskRun]:
-        """Yield all of the task's runs, newest attempt first, a page at a time: the memory it takes is constant."""
-        if phases is not None and not isinstance(phases, str):
-            phases = tuple(phases)
-        after = None
-        while True:
-            page = await self.runs(task_id, phases=phases, limit=PAGE, after=after)
-            for run in page.runs:
-                yield run
-            after = page.next_cursor
-            if after is None:
-                return
-
-    async def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
-        """Return the active runs, of one task or of all, in the order they started."""
-        return await self._ask(lambda runs: runs.active_runs(task_id))
-
-    async def all_runs(self, task_id: str | None = None) -> AsyncIterator[TaskRun]:
-        """Yield the runs of one task or of all, in order: see :meth:`taskruns.TaskRunHistory.all_runs`."""
-        after = None
-        while page := await self._ask(partial(TaskRunRepository.all_runs, task_id=task_id, limit=PAGE, after=after)):
-            for run in page:
-                yield run
-            after = (page[-1].task_id, page[-1].attempt)
-
-    async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
-        """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
-        return await self._ask(lambda runs: runs.tasks(limit=limit, after=after))
-
     def record(
         self, task_id: str, *, source: str | None = None, submission: str | None = None, on_error: OnError = "warn"
     ) -> AsyncRecording:
@@ -375,29 +310,3 @@ class AsyncTaskRunHistory:
                             self._supervision.owe(task_id, handle.run.attempt, Outcome.of(**handle.outcome(exception)))
 
         return AsyncRecording(begin, end)
-
-    async def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
-        return await self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
-
-    async def _call(self, operation: Operation[T]) -> T:
-        retry = Retry(self._retry_for, self.on_retry)
-        try:
-            return await self._call_once(operation, retry)
-        except Exception as error:
-            if not retry.is_worth_it(error):
-                raise
-        from tenacity import AsyncRetrying  # noqa: PLC0415  (only where something went wrong)
-
-        again = AsyncRetrying(**retry.policy())
-        return await again(self._call_once, operation, retry)
-
-    async def _call_once(self, operation: Operation[T], retry: Retry) -> T:
-        async with self._engine.connect() as connection:
-            await self._require_current(connection)
-            return await connection.run_sync(operation, retry.lost)
-
-    async def _require_current(self, connection: AsyncConnection) -> None:
-        if not self._is_current:
-            await connection.run_sync(migrate.require)
-            await connection.commit()
-            self._is_current = True

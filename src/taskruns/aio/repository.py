@@ -1,16 +1,21 @@
 """The repository for asyncio."""
 
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from taskruns.bulk import RunsAdded
+from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder
 from taskruns.liveness import STALE_AFTER, Supervisor
 from taskruns.model import TaskPhase, TaskRun
-from taskruns.repository import Phases, RunPage, TaskRunRepository
+from taskruns.reading import RunPage
+from taskruns.repository import TaskRunRepository
+from taskruns.stats import RunStats, Span
+from taskruns.summaries import TaskSummary
 from taskruns.supervision import Watch
+from taskruns.windows import Window
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -110,13 +115,25 @@ class AsyncTaskRunRepository:
         """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
         return await self._call(TaskRunRepository.last_run, task_id, phases=phases)
 
-    async def runs(self, task_id: str, *, phases: Phases = None, limit: int = 50, after: str | None = None) -> RunPage:
-        """Return a page of the task's runs, newest attempt first: see :meth:`TaskRunRepository.runs`."""
-        return await self._call(TaskRunRepository.runs, task_id, phases=phases, limit=limit, after=after)
+    async def runs(
+        self,
+        wanted: str | RunFilter | None = None,
+        *,
+        phases: Phases = None,
+        order: RunOrder = RunOrder.NEWEST,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> RunPage:
+        """Return a page of runs, of a task, a filter, or all: see :meth:`TaskRunRepository.runs`."""
+        return await self._call(TaskRunRepository.runs, wanted, phases=phases, order=order, limit=limit, after=after)
 
-    async def active_runs(self, task_id: str | None = None) -> list[TaskRun]:
-        """Return the active runs, of one task or of all, in the order they started."""
-        return await self._call(TaskRunRepository.active_runs, task_id)
+    async def count_runs(self, wanted: str | RunFilter | None = None, *, phases: Phases = None) -> int:
+        """Return how many runs there are, of a task, a filter, or all."""
+        return await self._call(TaskRunRepository.count_runs, wanted, phases=phases)
+
+    async def active_runs(self, wanted: str | RunFilter | None = None) -> list[TaskRun]:
+        """Return the active runs, of a task, a filter, or all, in the order they started."""
+        return await self._call(TaskRunRepository.active_runs, wanted)
 
     async def all_runs(
         self, task_id: str | None = None, *, limit: int = 50, after: tuple[str, int] | None = None
@@ -127,3 +144,35 @@ class AsyncTaskRunRepository:
     async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
         """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
         return await self._call(TaskRunRepository.tasks, limit=limit, after=after)
+
+    async def summaries(
+        self,
+        task_glob: str | None = None,
+        *,
+        phases: Phases = None,
+        stale_after: timedelta | None = None,
+        window: Window = ANY_TIME,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> list[TaskSummary]:
+        """Return how tasks are doing, in the order of their ids: see :meth:`TaskRunRepository.summaries`."""
+        return await self._call(
+            TaskRunRepository.summaries,
+            task_glob,
+            phases=phases,
+            stale_after=stale_after,
+            window=window,
+            limit=limit,
+            after=after,
+        )
+
+    async def stats(
+        self,
+        wanted: str | RunFilter | None = None,
+        *,
+        phases: Phases = None,
+        by: Span | None = None,
+        zone: tzinfo = UTC,
+    ) -> RunStats:
+        """Return statistics of runs, of a task, a filter, or all: see :meth:`TaskRunRepository.stats`."""
+        return await self._call(TaskRunRepository.stats, wanted, phases=phases, by=by, zone=zone)

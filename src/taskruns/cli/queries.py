@@ -10,9 +10,10 @@ from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.output import RUN_COLUMNS, TASK_COLUMNS, print_json, print_run, print_table, printable
 from taskruns.cli.task_id import TaskId
-from taskruns.history import PAGE, TaskRunHistory
+from taskruns.history import TaskRunHistory
 from taskruns.model import MAX_ATTEMPT, PROBLEMS, TaskPhase, TaskRun, checked_phase
-from taskruns.repository import RunPage
+from taskruns.reader import PAGE
+from taskruns.reading import RunPage
 
 ROWS = 50
 """Rows of a table, unless told otherwise. JSON has no such limit."""

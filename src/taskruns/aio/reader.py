@@ -1,0 +1,173 @@
+"""What a history answers, for asyncio."""
+
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, timedelta, tzinfo
+from functools import partial
+from typing import Self, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from taskruns import migrate
+from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
+from taskruns.liveness import Supervisor
+from taskruns.model import TaskRun
+from taskruns.reader import PAGE, Operation
+from taskruns.reading import RunPage
+from taskruns.repository import TaskRunRepository
+from taskruns.retrying import OnRetry, Retry
+from taskruns.stats import RunStats, Span
+from taskruns.summaries import TaskSummary
+from taskruns.windows import Window
+
+T = TypeVar("T")
+
+
+class AsyncReader:
+    """The twin of :class:`taskruns.reader.Reader`."""
+
+    def __init__(self, engine: AsyncEngine, *, retry_for: float, on_retry: OnRetry | None) -> None:
+        self._engine = engine
+        self.on_retry = on_retry
+        self._retry_for = retry_for
+        self._is_current = False
+
+    async def dispose(self) -> None:
+        """Close the idle connections. A later call opens new ones."""
+        await self._engine.dispose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.dispose()
+
+    async def check_version(self) -> None:
+        """Check that the database's tables suit this code; every other call does it too, once.
+
+        Raises:
+            SchemaVersionError: they are missing, too old, or of another major version.
+        """
+        await self._call(lambda _connection, _lost: None)
+
+    async def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
+        """Return a run; None if there is no such run."""
+        return await self._ask(lambda runs: runs.get_run(task_id, attempt))
+
+    async def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
+        """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
+        return await self._ask(lambda runs: runs.last_run(task_id, phases=phases))
+
+    async def runs(
+        self,
+        wanted: str | RunFilter | None = None,
+        *,
+        phases: Phases = None,
+        order: RunOrder = RunOrder.NEWEST,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> RunPage:
+        """Return a page of runs, of a task, a filter, or all: see :meth:`TaskRunRepository.runs`."""
+        wanted = filter_of(wanted, phases)
+        return await self._ask(lambda runs: runs.runs(wanted, order=order, limit=limit, after=after))
+
+    async def iter_runs(
+        self,
+        wanted: str | RunFilter | None = None,
+        *,
+        phases: Phases = None,
+        order: RunOrder = RunOrder.NEWEST,
+    ) -> AsyncIterator[TaskRun]:
+        """Yield all runs of a task, a filter, or all, a page at a time: the memory it takes is constant."""
+        wanted = filter_of(wanted, phases)
+        after = None
+        while True:
+            page = await self.runs(wanted, order=order, limit=PAGE, after=after)
+            for run in page.runs:
+                yield run
+            after = page.next_cursor
+            if after is None:
+                return
+
+    async def count_runs(self, wanted: str | RunFilter | None = None, *, phases: Phases = None) -> int:
+        """Return how many runs there are, of a task, a filter, or all."""
+        wanted = filter_of(wanted, phases)
+        return await self._ask(lambda runs: runs.count_runs(wanted))
+
+    async def active_runs(self, wanted: str | RunFilter | None = None) -> list[TaskRun]:
+        """Return the active runs, of a task, a filter, or all, in the order they started."""
+        return await self._ask(lambda runs: runs.active_runs(wanted))
+
+    async def all_runs(self, task_id: str | None = None) -> AsyncIterator[TaskRun]:
+        """Yield the runs of one task or of all, in the order of task id and attempt: the memory it takes is constant.
+
+        Runs that are opened meanwhile are yielded if they come later in this order; none is repeated or missed.
+        """
+        after = None
+        while page := await self._ask(partial(TaskRunRepository.all_runs, task_id=task_id, limit=PAGE, after=after)):
+            for run in page:
+                yield run
+            after = (page[-1].task_id, page[-1].attempt)
+
+    async def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
+        """Return the latest run of every task, in the order of the task ids, those greater than ``after``."""
+        return await self._ask(lambda runs: runs.tasks(limit=limit, after=after))
+
+    async def summaries(
+        self,
+        task_glob: str | None = None,
+        *,
+        phases: Phases = None,
+        stale_after: timedelta | None = None,
+        window: Window = ANY_TIME,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> list[TaskSummary]:
+        """Return how tasks are doing, in the order of their ids: see :meth:`TaskRunRepository.summaries`."""
+        phases = RunFilter(phases=phases).phases
+        return await self._ask(
+            lambda runs: runs.summaries(
+                task_glob, phases=phases, stale_after=stale_after, window=window, limit=limit, after=after
+            )
+        )
+
+    async def stats(
+        self,
+        wanted: str | RunFilter | None = None,
+        *,
+        phases: Phases = None,
+        by: Span | None = None,
+        zone: tzinfo = UTC,
+    ) -> RunStats:
+        """Return statistics of runs, of a task, a filter, or all: see :meth:`TaskRunRepository.stats`."""
+        wanted = filter_of(wanted, phases)
+        return await self._ask(lambda runs: runs.stats(wanted, by=by, zone=zone))
+
+    async def supervisors(self) -> list[Supervisor]:
+        """Return the processes that are registered to watch over runs, in the order they came."""
+        return await self._ask(lambda runs: runs.supervisors())
+
+    async def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
+        return await self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
+
+    async def _call(self, operation: Operation[T]) -> T:
+        retry = Retry(self._retry_for, self.on_retry)
+        try:
+            return await self._call_once(operation, retry)
+        except Exception as error:
+            if not retry.is_worth_it(error):
+                raise
+        from tenacity import AsyncRetrying  # noqa: PLC0415  (only where something went wrong)
+
+        again = AsyncRetrying(**retry.policy())
+        return await again(self._call_once, operation, retry)
+
+    async def _call_once(self, operation: Operation[T], retry: Retry) -> T:
+        async with self._engine.connect() as connection:
+            await self._require_current(connection)
+            return await connection.run_sync(operation, retry.lost)
+
+    async def _require_current(self, connection: AsyncConnection) -> None:
+        if not self._is_current:
+            await connection.run_sync(migrate.require)
+            await connection.commit()
+            self._is_current = True

@@ -1,0 +1,135 @@
+"""Which runs are asked for, and in which order. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from taskruns.globs import Glob
+from taskruns.model import PROBLEMS, TaskPhase, checked_exit_code, checked_name, checked_phase
+from taskruns.windows import Window
+
+Phases = TaskPhase | Iterable[TaskPhase] | None
+"""A phase, several, or None for all."""
+
+ANY_TIME = Window()
+"""The window without an end."""
+
+
+class RunOrder(StrEnum):
+    """In which order runs are listed."""
+
+    NEWEST = "newest"
+    """Newest first: by attempt in one task, else by start, and problems (where only they are asked for) by end."""
+    OLDEST = "oldest"
+    """The reverse."""
+    LONGEST = "longest"
+    """By duration, the longest first. Active runs have none and are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFilter:
+    """Which runs are asked for: those that meet all that is given.
+
+    Raises:
+        ValueError: a value is outside its rules, or ``error`` is given without a window.
+        TypeError: it has the wrong type.
+    """
+
+    task_id: str | None = None
+    """Runs of this task."""
+    task_glob: str | None = None
+    """Runs of the tasks that match: ``*``, ``?`` and ``[...]`` as in the shell, ``[*]`` is a star."""
+    phases: Phases = None
+    """Runs in one of these phases, such as :data:`taskruns.PROBLEMS`."""
+    started: Window = ANY_TIME
+    """Runs that started within."""
+    finished: Window = ANY_TIME
+    """Runs that ended within. On its own it is slow for what ended long ago: only problems have an index for it."""
+    min_duration: timedelta | None = None
+    """Runs that took at least so long. Active ones have taken nothing yet, and are left out."""
+    max_duration: timedelta | None = None
+    """Runs that took at most so long, likewise."""
+    exit_code: int | None = None
+    """Runs with this exit code."""
+    source: str | None = None
+    """Runs from this host, or stream."""
+    submission: str | None = None
+    """The attempts of this submission."""
+    recovered: bool | None = None
+    """Runs whose outcome was inferred, or was observed."""
+    active: bool | None = None
+    """Runs that are in progress, or have ended."""
+    error: str | None = None
+    """Runs whose error contains this, case and all. It is looked for in each run of the window that it needs."""
+
+    def __post_init__(self) -> None:
+        for name, what in (("task_id", "task id"), ("source", "source"), ("submission", "submission")):
+            if (value := getattr(self, name)) is not None:
+                checked_name(value, what)
+        if self.task_glob is not None and self.task_id is None:
+            literal = Glob(self.task_glob).literal
+            if literal is not None:
+                object.__setattr__(self, "task_id", checked_name(literal, "task id"))
+                object.__setattr__(self, "task_glob", None)
+        if self.phases is not None:
+            named = [self.phases] if isinstance(self.phases, str) else self.phases
+            object.__setattr__(self, "phases", frozenset(map(checked_phase, named)))
+        for name in ("min_duration", "max_duration"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, timedelta):
+                raise TypeError(f"{name} is a timedelta or None, not {value!r}")
+        checked_exit_code(self.exit_code)
+        if self.error is not None and not self.error:
+            raise ValueError("the text to look for in errors is empty")
+        if self.error is not None and not self.has_window:
+            raise ValueError("a text in the error is looked for in a window of time: give one of start or end")
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the time is limited, at one end at least."""
+        return self.started != ANY_TIME or self.finished != ANY_TIME
+
+    @property
+    def only_problems(self) -> bool:
+        """Whether no phase but problems is asked for."""
+        return isinstance(self.phases, frozenset) and bool(self.phases) and self.phases <= PROBLEMS
+
+    def tightened(self) -> "RunFilter":
+        """Return the same question, each window narrowed by what the other one and the durations imply.
+
+        An index knows one of the times only.
+        """
+        started, finished = self.started, self.finished
+        least, most = self.min_duration or timedelta(0), self.max_duration
+        try:
+            if finished.until is not None:
+                started = _narrowed(started, until=finished.until - least)
+            if finished.since is not None and most is not None:
+                started = _narrowed(started, since=finished.since - most)
+            if self.only_problems:
+                if started.since is not None:
+                    finished = _narrowed(finished, since=started.since + least)
+                if started.until is not None and most is not None:
+                    finished = _narrowed(finished, until=started.until + most)
+        except OverflowError:
+            return self
+        return replace(self, started=started, finished=finished)
+
+
+def _narrowed(window: Window, *, since: datetime | None = None, until: datetime | None = None) -> Window:
+    """Return the part of a window from one moment to another; where there is none, an empty one."""
+    since = max((moment for moment in (window.since, since) if moment is not None), default=None)
+    until = min((moment for moment in (window.until, until) if moment is not None), default=None)
+    return Window(since, max(since, until) if since is not None and until is not None else until)
+
+
+def filter_of(wanted: str | RunFilter | None, phases: Phases = None) -> RunFilter:
+    """Return the filter that a caller means: a task id is short for one, as None is for all runs.
+
+    Raises:
+        ValueError: a value is outside its rules.
+    """
+    if not isinstance(wanted, RunFilter):
+        return RunFilter(wanted, phases=phases)
+    return wanted if phases is None else replace(wanted, phases=phases)

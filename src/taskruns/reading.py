@@ -1,0 +1,305 @@
+"""Answers to questions, on a connection."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, tzinfo
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import ColumnElement, Connection, Dialect
+
+from taskruns import query_statements, statements, stats_statements
+from taskruns.filters import RunFilter, RunOrder
+from taskruns.model import MAX_ATTEMPT, TaskRun, checked_name
+from taskruns.prepared import PHASES, moment_of, prepared, run_of_values
+from taskruns.query_statements import Question, question_of
+from taskruns.stats import PERCENTS, DurationStats, Ended, RunStats, Span, StatsPart, last_ends, stats_by, stats_of
+from taskruns.times import parse_time, rfc3339
+from taskruns.writing import key_of
+
+_ALL = 2**31 - 1
+
+FEW = 5_000
+"""Runs that are sorted rather than found in order; and that statistics are made of here, not by the database."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPage:
+    """Some runs, in the order that was asked for."""
+
+    runs: list[TaskRun]
+    next_cursor: str | None
+    """What to give as ``after`` for the page that follows; None if there is none."""
+
+
+def page(connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: int, after: str | None) -> RunPage:
+    """Return a page of runs.
+
+    Raises:
+        ValueError: ``limit`` is less than 1, ``after`` is no cursor of this list, or it has no order without a window.
+    """
+    check_limit(limit)
+    found = _fetched(connection, wanted, order, limit=limit + 1, after=after)
+    if len(found) <= limit:
+        return RunPage(found, None)
+    question, _ = question_of(wanted, connection.dialect.name)
+    return RunPage(found[:limit], str(_Cursor.of(found[limit - 1], question, order)))
+
+
+def last_run(connection: Connection, wanted: RunFilter) -> TaskRun | None:
+    """Return the run that is the newest; None if there is none."""
+    found = _fetched(connection, wanted, RunOrder.NEWEST, limit=1)
+    return found[0] if found else None
+
+
+def active_runs(connection: Connection, wanted: RunFilter) -> list[TaskRun]:
+    """Return those that are active, in the order they started."""
+    found = _fetched(connection, replace(wanted, active=True), RunOrder.OLDEST, limit=_ALL)
+    return found if wanted.task_id is None else sorted(found, key=lambda run: (run.started_at, run.attempt))
+
+
+def _fetched(
+    connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: int, after: str | None = None
+) -> list[TaskRun]:
+    if order is RunOrder.LONGEST and wanted.task_id is None and not wanted.has_window:
+        raise ValueError("the longest runs are found of one task or in a window of time: give one of them")
+    dialect = connection.dialect.name
+    question, values = question_of(wanted, dialect)
+    if after is not None:
+        values |= _Cursor.parse(after, question, order).parameters()
+    by_key = _is_small(connection, question, values)
+    statement = prepared(connection.dialect, query_statements.runs, question, order, after is not None, by_key, dialect)
+    return _runs(statement.execute(connection, values | {"limit": limit}))
+
+
+def get_run(connection: Connection, task_id: str, attempt: int) -> TaskRun | None:
+    """Return a run; None if there is no such run."""
+    statement = prepared(connection.dialect, statements.get_run)
+    row = statement.execute(connection, key_of(task_id, attempt)).first()
+    return None if row is None else run_of_values(row)
+
+
+def all_runs(
+    connection: Connection, task_id: str | None, *, limit: int, after: tuple[str, int] | None
+) -> list[TaskRun]:
+    """Return runs of one task or of all, in the order of task id and attempt, those after a key.
+
+    Raises:
+        ValueError: ``limit`` is less than 1, or ``after`` is no key.
+    """
+    check_limit(limit)
+    # Two questions, as not every database looks up a pair that is greater than another by the key.
+    found: list[TaskRun] = []
+    dialect = connection.dialect
+    of_task = None if after is None else checked_name(after[0], "task id")
+    if task_id is not None and of_task is None:
+        of_task, after = checked_name(task_id, "task id"), (task_id, 0)
+    if of_task is not None and after is not None and task_id in (None, of_task):
+        statement = prepared(dialect, query_statements.following_runs)
+        values = {"task": of_task, "attempt": after[1], "limit": limit}
+        found = _runs(statement.execute(connection, values))
+    if task_id is None and len(found) < limit:
+        statement = prepared(dialect, query_statements.runs_of_following_tasks, of_task is not None)
+        rest = {"limit": limit - len(found)} | ({} if of_task is None else {"after": of_task})
+        found += _runs(statement.execute(connection, rest))
+    return found
+
+
+def tasks(
+    connection: Connection, *, limit: int | None, after: str | None = None, first: str | None = None
+) -> list[TaskRun]:
+    """Return the latest run of tasks, in the order of the task ids: those after one, or from one on.
+
+    Raises:
+        ValueError: ``limit`` is less than 1, or ``after`` is no task id.
+    """
+    if limit is not None:
+        check_limit(limit)
+    values: dict[str, Any] = {"limit": _ALL if limit is None else limit}
+    start = None
+    if after is not None:
+        start, values["after"] = "after", checked_name(after, "task id")
+    elif first is not None:
+        start, values["first"] = "first", first
+    is_postgresql = connection.dialect.name == "postgresql"
+    walk = connection.dialect.name == "sqlite" or (is_postgresql and not _is_citus(connection))
+    statement = prepared(connection.dialect, query_statements.tasks, walk, is_postgresql, start)
+    return _runs(statement.execute(connection, values))
+
+
+def _is_citus(connection: Connection) -> bool:
+    found = _citus.get(connection.dialect)
+    if found is None:
+        found = _citus[connection.dialect] = bool(connection.scalar(query_statements.citus()))
+    return found
+
+
+_citus: WeakKeyDictionary[Dialect, bool] = WeakKeyDictionary()
+
+
+def _runs(rows: Iterable[Any]) -> list[TaskRun]:
+    return [run_of_values(row) for row in rows]
+
+
+def count(connection: Connection, wanted: RunFilter) -> int:
+    """Return how many runs there are."""
+    dialect = connection.dialect.name
+    question, values = question_of(wanted, dialect)
+    statement = prepared(connection.dialect, query_statements.count, question, dialect)
+    return int(statement.execute(connection, values).scalar_one())
+
+
+def stats(connection: Connection, wanted: RunFilter, *, by: Span | None, zone: tzinfo) -> RunStats:
+    """Return statistics of runs: of all, and by the time they started.
+
+    Few are fetched and looked at here, which is quicker; of many the database sorts the durations, so that the memory
+    is constant.
+    """
+    dialect = connection.dialect
+    question, values = question_of(wanted, dialect.name)
+    statement = prepared(dialect, stats_statements.ended, question, dialect.name)
+    rows = statement.execute(connection, values | {"limit": FEW + 1}).all()
+    parts: dict[int, RunStats] = {}
+    if len(rows) <= FEW:
+        runs = [ended_of_values(row) for row in rows]
+        found = stats_of(runs)
+        if by is not None:
+            parts = stats_by(runs, lambda started_at: by.number(started_at, zone))
+    else:
+        found = _sorted_there(connection, question, values, stats_statements.ALL)[0]
+        if by is not None:
+            first, last = connection.execute(stats_statements.starts(question, dialect.name), values).one()
+            segments = by.segments(zone, first, last)
+            part = stats_statements.part_number(by.seconds, segments, dialect.name)
+            parts = _sorted_there(connection, question, values, part)
+    if by is None:
+        return found
+    return replace(found, parts=tuple(StatsPart(by.start(number, zone), parts[number]) for number in sorted(parts)))
+
+
+def stats_of_tasks(connection: Connection, wanted: RunFilter, task_ids: Sequence[str]) -> dict[str, RunStats]:
+    """Return the statistics of each of some tasks, of those that have runs among the wanted ones."""
+    dialect = connection.dialect.name
+    question, values = question_of(wanted, dialect)
+    some = stats_statements.of_tasks(task_ids)
+    query = stats_statements.ended(question, dialect, some)
+    rows = connection.execute(query, values | {"limit": FEW + 1}).all()
+    if len(rows) > FEW:
+        return _sorted_there(connection, question, values, stats_statements.TASK, some)
+    runs: dict[str, list[Ended]] = {}
+    for task_id, *ended in rows:
+        runs.setdefault(task_id, []).append((ended[0], ended[1], ended[2]))
+    return {task_id: stats_of(of_task) for task_id, of_task in runs.items()}
+
+
+def _sorted_there(
+    connection: Connection,
+    question: Question,
+    values: dict[str, Any],
+    part: ColumnElement[Any],
+    *some: ColumnElement[bool],
+) -> dict[Any, RunStats]:
+    """Return the statistics of each part of some runs, of which the database has sorted the durations."""
+    dialect = connection.dialect.name
+    ranked = {
+        row[0]: row[1:]
+        for row in connection.execute(stats_statements.percentiles(question, part, PERCENTS, dialect, *some), values)
+    }
+    phases: dict[Any, list[Any]] = {}
+    for key, *of_phase in connection.execute(stats_statements.sums(question, part, dialect, *some), values):
+        phases.setdefault(key, []).append(of_phase)
+    return {key: _stats_of_parts(of_part, ranked.get(key)) for key, of_part in phases.items()}
+
+
+def _stats_of_parts(phases: Sequence[Any], percentiles: Sequence[int] | None) -> RunStats:
+    ended = [row for row in phases if row[5] is not None]
+    duration = None
+    if ended and percentiles is not None:
+        runs, totals, least, most = (
+            [int(value) for value in column] for column in zip(*(row[1:5] for row in ended), strict=True)
+        )
+        duration = DurationStats.of_parts(
+            sum(runs), sum(totals), min(least), max(most), [int(value) for value in percentiles]
+        )
+    last = {row[0]: row[5] for row in ended}
+    return RunStats({row[0]: row[1] for row in phases}, duration, *last_ends(last))
+
+
+def ended_of_values(values: Any) -> Ended:
+    """Return what statistics are made of, out of a row as a driver gives it."""
+    _, phase, started_at, finished_at = values
+    return PHASES[phase], moment_of(started_at), None if finished_at is None else moment_of(finished_at)
+
+
+def _is_small(connection: Connection, question: Question, values: dict[str, Any]) -> bool:
+    """Whether the runs of a range of tasks are few enough to sort all of them.
+
+    With more of them, those that come first are soon found by going through the runs of all tasks.
+    """
+    if "first_task" not in question.names:
+        return False
+    statement = prepared(connection.dialect, query_statements.some_of_range, "no_task" in question.names)
+    return int(statement.execute(connection, values | {"most": FEW + 1}).scalar_one()) <= FEW
+
+
+def check_limit(limit: int) -> None:
+    """Check how many are asked for."""
+    if limit < 1:
+        raise ValueError(f"limit must be 1 or more, not {limit}")
+
+
+_CURSOR = re.compile(r"((?P<time>[0-9T:.Z-]+)/|(?P<span>[0-9]{1,18})us/)?(?P<attempt>[0-9]{1,10})(/(?P<task>.+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cursor:
+    """The place of a run in a list: what it is sorted by. One of a task's list is just an attempt."""
+
+    attempt: int
+    task_id: str | None = None
+    time: datetime | None = None
+    span: int | None = None
+
+    @classmethod
+    def of(cls, run: TaskRun, question: Question, order: RunOrder) -> "_Cursor":
+        """Return the place of a run."""
+        if order is RunOrder.LONGEST and run.duration is not None:
+            return cls(run.attempt, run.task_id, span=run.duration // timedelta(microseconds=1))
+        if question.is_of_one_task:
+            return cls(run.attempt)
+        return cls(run.attempt, run.task_id, run.finished_at if question.only_problems else run.started_at)
+
+    @classmethod
+    def parse(cls, text: str, question: Question, order: RunOrder) -> "_Cursor":
+        """Return the place that a text names, if it is one of such a list."""
+        match = _CURSOR.fullmatch(text)
+        if match is not None:
+            time, span, task_id = match["time"], match["span"], match["task"]
+            if order is RunOrder.LONGEST:
+                is_such = span is not None and task_id is not None
+            elif question.is_of_one_task:
+                is_such = time is span is task_id is None
+            else:
+                is_such = time is not None and task_id is not None
+            if is_such and int(match["attempt"]) <= MAX_ATTEMPT:
+                try:
+                    return cls(
+                        int(match["attempt"]),
+                        None if task_id is None else checked_name(task_id, "task id"),
+                        None if time is None else parse_time(time),
+                        None if span is None else int(span),
+                    )
+                except ValueError:
+                    pass
+        raise ValueError(f"not a cursor of a page of these runs: {text!r}")
+
+    def parameters(self) -> dict[str, Any]:
+        """Return it as the parameters of a statement."""
+        values = {"at_attempt": self.attempt, "at_task": self.task_id, "at_time": self.time, "at_span": self.span}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        place = "" if self.time is None else f"{rfc3339(self.time)}/"
+        place = place if self.span is None else f"{self.span}us/"
+        return f"{place}{self.attempt}" + ("" if self.task_id is None else f"/{self.task_id}")

@@ -1,0 +1,113 @@
+"""The queries of statistics: as in ``query_statements``."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Integer,
+    Select,
+    Subquery,
+    bindparam,
+    case,
+    func,
+    literal_column,
+    select,
+)
+
+from taskruns.query_statements import Question, by_problems_of_task, conditions, duration
+from taskruns.schema import task_runs
+
+_C = task_runs.c
+
+
+def ended(question: Question, dialect: str, *some: ColumnElement[bool]) -> Select[Any]:
+    """Select what statistics are made of, of at most ``limit`` runs."""
+    query = select(_C.task_id, _C.phase, _C.started_at, _C.finished_at).where(*conditions(question, dialect), *some)
+    return by_problems_of_task(query.limit(bindparam("limit", type_=Integer)), question)
+
+
+def of_tasks(task_ids: Sequence[str]) -> ColumnElement[bool]:
+    """Return whether a run is of one of some tasks."""
+    return _C.task_id.in_(task_ids)
+
+
+Segments = tuple[tuple[datetime | None, int], ...]
+"""The offsets of a time zone: until when each holds, None for ever, and its seconds."""
+
+_ERA = 1_000_000
+"""Days, or hours, that are added while they are counted: databases round what is negative differently."""
+
+
+def starts(question: Question, dialect: str) -> Select[Any]:
+    """Select when the first and the last run started."""
+    return select(func.min(_C.started_at), func.max(_C.started_at)).where(*conditions(question, dialect))
+
+
+ALL: ColumnElement[Any] = literal_column("0", type_=Integer)
+"""The part that all runs are in."""
+
+TASK: ColumnElement[Any] = _C.task_id
+"""The parts that are tasks."""
+
+
+def part_number(unit: int, segments: Segments, dialect: str) -> ColumnElement[int]:
+    """Return the number of the day or hour, of ``unit`` seconds, in which a run started: see :class:`stats.Span`."""
+    seconds = {
+        "sqlite": "CAST(strftime('%s', substr(started_at, 1, 19)) AS INTEGER)",
+        "postgresql": "CAST(floor(extract(epoch FROM started_at)) AS bigint)",
+    }.get(dialect, "timestampdiff(SECOND, '1970-01-01', started_at)")
+    offset: ColumnElement[int] = _constant(segments[-1][1])
+    if len(segments) > 1:
+        offset = case(*((_C.started_at < until, _constant(value)) for until, value in segments[:-1]), else_=offset)
+    shifted = literal_column(seconds, type_=BigInteger()) + offset + _constant(_ERA * unit)
+    return _divided(shifted, unit, dialect) - _constant(_ERA)
+
+
+def _constant(value: int) -> ColumnElement[int]:
+    return literal_column(str(value), type_=BigInteger())
+
+
+def _divided(value: ColumnElement[int], divisor: int, dialect: str) -> ColumnElement[int]:
+    divide = "/" if dialect in ("sqlite", "postgresql") else "DIV"
+    return value.self_group().op(divide)(_constant(divisor))
+
+
+def sums(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Select[Any]:
+    """Select what can be added up, for each part and phase.
+
+    These are how many runs there are, of their durations the sum, the least and the most, and the last end.
+    """
+    run = _runs(question, part, dialect, *some)
+    spans = [func.sum(run.c.span), func.min(run.c.span), func.max(run.c.span), func.max(run.c.finished_at)]
+    return select(run.c.part, run.c.phase, func.count(), *spans).group_by(run.c.part, run.c.phase)
+
+
+def percentiles(
+    question: Question, part: ColumnElement[Any], percents: Sequence[int], dialect: str, *some: ColumnElement[bool]
+) -> Select[Any]:
+    """Select the percentiles of the durations for each part, each at the nearest rank."""
+    run = _runs(question, part, dialect, *some)
+    ranked = (
+        select(
+            run.c.part,
+            run.c.span,
+            func.row_number().over(partition_by=run.c.part, order_by=run.c.span).label("place"),
+            func.count().over(partition_by=run.c.part).label("size"),
+        )
+        .where(run.c.span.is_not(None))
+        .subquery("ranked")
+    )
+
+    def at(percent: int) -> ColumnElement[int]:
+        rank = _divided(ranked.c.size * _constant(percent) + _constant(99), 100, dialect)
+        return func.min(case((ranked.c.place == rank, ranked.c.span)))
+
+    return select(ranked.c.part, *map(at, percents)).group_by(ranked.c.part)
+
+
+def _runs(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Subquery:
+    query = select(part.label("part"), _C.phase, duration(dialect).label("span"), _C.finished_at)
+    return by_problems_of_task(query.where(*conditions(question, dialect), *some), question).subquery("run")

@@ -1,0 +1,122 @@
+"""Each task at a glance."""
+
+from collections.abc import Iterator, Sequence, Set as AbstractSet
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from taskruns import query_statements, reading
+from taskruns.filters import Phases, RunFilter
+from taskruns.globs import Glob, upper_bound
+from taskruns.model import PROBLEMS, TaskPhase, TaskRun
+from taskruns.stats import RunStats
+from taskruns.windows import Window
+
+OUTCOMES = 20
+"""Runs whose phases a summary holds."""
+
+_AT_ONCE = 100
+"""Tasks that are looked at together."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSummary:
+    """How a task is doing."""
+
+    last_run: TaskRun
+    """The run with the highest attempt."""
+    last_success: TaskRun | None
+    """The succeeded run with the highest attempt."""
+    last_problem: TaskRun | None
+    """The failed, timed out or exhausted run with the highest attempt."""
+    outcomes: tuple[TaskPhase, ...]
+    """The phases of its 20 newest runs, newest first."""
+    stats: RunStats
+    """Statistics of the runs that started in the window."""
+
+    @property
+    def task_id(self) -> str:
+        """The task."""
+        return self.last_run.task_id
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return it as a JSON object: that of the last run, with more."""
+        return {
+            **self.last_run.to_wire(),
+            **({} if self.last_success is None else {"lastSuccess": self.last_success.to_wire()}),
+            **({} if self.last_problem is None else {"lastProblem": self.last_problem.to_wire()}),
+            "outcomes": [phase.value for phase in self.outcomes],
+            "stats": self.stats.to_wire(),
+        }
+
+
+def summaries(
+    connection: Connection,
+    *,
+    task_glob: str | None,
+    phases: Phases,
+    stale_after: timedelta | None,
+    window: Window,
+    limit: int,
+    after: str | None,
+) -> list[TaskSummary]:
+    """Return the summaries of some tasks, in the order of their ids: see :meth:`TaskRunRepository.summaries`."""
+    reading.check_limit(limit)
+    found: list[TaskSummary] = []
+    wanted = RunFilter(phases=phases).phases
+    stale_before = None if stale_after is None else datetime.now(UTC) - stale_after
+    glob = None if task_glob is None else Glob(task_glob)
+    for latest in _latest_runs(connection, glob, after, at_once=min(limit, _AT_ONCE)):
+        some = [run for run in latest if (glob is None or glob.matches(run.task_id))]
+        some = [run for run in some if wanted is None or run.phase in wanted]
+        if stale_before is not None:
+            some = [run for run in some if _is_stale(connection, run, stale_before)]
+        if some:
+            found += _summarised(connection, some[: limit - len(found)], window)
+        if len(found) == limit:
+            break
+    return found
+
+
+def _latest_runs(
+    connection: Connection, glob: Glob | None, after: str | None, *, at_once: int
+) -> Iterator[list[TaskRun]]:
+    """Yield the latest runs of tasks that may match, some at a time."""
+    first = glob.prefix if glob is not None and glob.prefix else None
+    end = None if first is None else upper_bound(first)
+    if first is not None and after is not None and after >= first:
+        first = None
+    while runs := reading.tasks(connection, first=first, after=after if first is None else None, limit=at_once):
+        yield runs
+        first, after = None, runs[-1].task_id
+        if end is not None and after >= end:
+            return
+
+
+def _is_stale(connection: Connection, latest: TaskRun, before: datetime) -> bool:
+    success = latest if latest.phase is TaskPhase.SUCCEEDED else _last(connection, latest, {TaskPhase.SUCCEEDED})
+    return success is None or success.finished_at is None or success.finished_at < before
+
+
+def _summarised(connection: Connection, latest: Sequence[TaskRun], window: Window) -> Iterator[TaskSummary]:
+    outcomes: dict[str, list[tuple[int, TaskPhase]]] = {run.task_id: [] for run in latest}
+    for task_id, attempt, phase in connection.execute(query_statements.outcomes(latest, OUTCOMES)):
+        outcomes[task_id].append((attempt, phase))
+    stats = reading.stats_of_tasks(connection, RunFilter(started=window), list(outcomes))
+    for run in latest:
+        newest = sorted(outcomes[run.task_id], reverse=True)
+        yield TaskSummary(
+            run,
+            _last(connection, run, {TaskPhase.SUCCEEDED}),
+            _last(connection, run, PROBLEMS),
+            tuple(phase for _, phase in newest),
+            stats.get(run.task_id, RunStats()),
+        )
+
+
+def _last(connection: Connection, latest: TaskRun, phases: AbstractSet[TaskPhase]) -> TaskRun | None:
+    if latest.phase in phases:
+        return latest
+    return reading.last_run(connection, RunFilter(latest.task_id, phases=phases))
