@@ -1,19 +1,18 @@
 """Deleting runs on a connection: passes over the table, slices of it, and single tasks, in short transactions."""
 
 import logging
-import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from fnmatch import translate
 from typing import Any
 
 from sqlalchemy import Connection, select
 
 from taskruns import engine, pruning_statements, statements
 from taskruns.events import Event
+from taskruns.globs import Glob
 from taskruns.model import MAX_ATTEMPT, TaskPhase, checked_attempt, checked_name
 from taskruns.retention import TURN, Cutoffs, Retention
 from taskruns.timeline import Effect
@@ -73,9 +72,10 @@ class Pruning:
         self._retention = retention
         self._keep = max(retention.keep, 1)  # the latest run stays
         self._dry_run = dry_run
-        self._is_wanted = re.compile(translate("*" if task is None else task)).match
-        self._is_single = task is not None and not any(mark in task for mark in "*?[")
-        self._place = _Place(task, MAX_ATTEMPT + 1) if self._is_single else _Place()
+        glob = Glob("*" if task is None else task)
+        self._is_wanted = glob.matches
+        self._is_single = glob.literal is not None
+        self._place = _Place(glob.literal, MAX_ATTEMPT + 1) if self._is_single else _Place()
         self._cutoffs: Cutoffs | None = None
         self._idle: set[str] = set()  # of this step
 
@@ -141,7 +141,7 @@ class Pruning:
                 due += _left(place)
                 place.task_id, place.seen, place.has_success = task_id, 0, False
             if place.seen == 0:
-                place.is_idle = task_id in idle and self._is_wanted(task_id) is not None
+                place.is_idle = task_id in idle and self._is_wanted(task_id)
             place.seen, place.attempt = place.seen + 1, attempt
             if place.is_idle and place.seen == 1:
                 place.last = (task_id, attempt)

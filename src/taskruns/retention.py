@@ -52,7 +52,8 @@ class Retention:
         """Return the policy of a configuration; None for ``off``.
 
         It names what differs from that of the embedded database, separated by commas or spaces: ``succeeded=30d,
-        others=never, keep=5, forget-idle=400d``. An age is a number with ``s``, ``m``, ``h`` or ``d``, or ``never``.
+        others=never, keep=5, forget-idle=400d``. An age is a number with ``s``, ``m``, ``h``, ``d`` or ``w``, or
+        ``never``.
 
         Raises:
             ValueError: the text is none.

@@ -48,16 +48,16 @@ def parse_time(value: str | int, what: str = "a time") -> datetime:
         raise ValueError(f"{what} is not a time: {value!r} ({error})") from None
 
 
-_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(ms|[smhd]?)", re.ASCII)
+_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(ms|[smhdw]?)", re.ASCII)
 _CENTURY = timedelta(days=36500)
 
 
 def parse_duration(text: str) -> timedelta:
-    """Return the time that text like ``30``, ``30s``, ``1.5m``, ``2h`` or ``1d`` names; seconds without a unit."""
+    """Return the time that text like ``30s``, ``1.5m``, ``2h``, ``1d`` or ``2w`` names; ``30`` are seconds."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is not a duration, such as 30s, 1.5m, 2h or 1d")
+        raise ValueError(f"{text!r} is not a duration, such as 30s, 1.5m, 2h, 1d or 2w")
     seconds = float(match[1]) * _UNITS[match[2]]
     if seconds > _CENTURY.total_seconds():
         raise ValueError(f"{text!r} is longer than a century")

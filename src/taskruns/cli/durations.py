@@ -9,7 +9,7 @@ from taskruns.times import parse_duration
 
 
 class Duration(click.ParamType[Any]):
-    """Seconds, written like ``30``, ``30s``, ``1.5m``, ``2h`` or ``1d``, as timeout(1) and sleep(1) take them."""
+    """Seconds, written as timeout(1) and sleep(1) take them: ``30``, ``30s``, ``1.5m``, ``2h``, ``1d``; or ``2w``."""
 
     name = "duration"
 
