@@ -18,11 +18,11 @@ from taskruns import PROBLEMS, TaskPhase, TaskRun, TaskRunHistory, schema
 TWO = datetime(2026, 11, 24, 2, tzinfo=UTC)
 THREE = TWO + timedelta(hours=1)
 MICROSECOND = timedelta(microseconds=1)
-DURATIONS = {
-    name.partition(",")[0].lower(): expression
-    for name, expression in re.findall(r"^\| ([\w, ]+) \| `(.*_at\b.*)` \|", TEXT, re.MULTILINE)
+DIFFERENT: dict[str, tuple[str, str]] = {
+    name.partition(",")[0].lower(): (a_day_ago, duration)
+    for name, a_day_ago, duration in re.findall(r"^\| ([\w, ]+) \| `(.*)` \| `(.*_at\b.*)` \|", TEXT, re.MULTILINE)
 }
-"""What the document gives for each database."""
+"""What the document gives for each database: a day ago, and a duration."""
 WELL_UNTIL = {
     "backup": THREE + timedelta(hours=2),
     "Backup": datetime.max.replace(tzinfo=UTC),
@@ -215,12 +215,18 @@ def test_every_question_is_answered_as_by_python(client: Client, runs: list[Task
 
 
 def test_durations_are_told_to_the_microsecond(client: Client, runs: list[TaskRun]) -> None:
-    longest = BLOCKS["longest"].strip()
-    assert DURATIONS["postgresql"] in longest
-    found = ask(client, longest.replace(DURATIONS["postgresql"], DURATIONS[client.kind]))
+    longest, (_, written), (_, duration) = BLOCKS["longest"].strip(), DIFFERENT["postgresql"], DIFFERENT[client.kind]
+    assert written in longest
+    found = ask(client, longest.replace(written, duration))
     durations = [(run.duration, run.attempt) for run in of_task(runs) if run.duration is not None]
     expected = sorted(durations, reverse=True)[:10]
     assert [(microseconds(row[3]) * MICROSECOND, int(row[0])) for row in found] == expected
+
+
+def test_a_day_ago_is_by_the_clock_of_utc(client: Client) -> None:
+    [[found]] = ask(client, f"SELECT {DIFFERENT[client.kind][0]};")
+    age = datetime.now(UTC) - datetime.fromisoformat(found).replace(tzinfo=UTC)
+    assert timedelta(hours=23, minutes=59) < age < timedelta(hours=24, minutes=1)
 
 
 def microseconds(cell: str) -> int:
@@ -236,5 +242,5 @@ def microseconds(cell: str) -> int:
 def test_no_part_of_a_second_is_rounded(end: str, sqlite: str) -> None:
     start, end = "2026-11-24 01:59:59.999500", f"2026-11-24 {end}"
     values = f"SELECT '{start}' AS started_at, '{end}' AS finished_at"
-    [found] = Client("sqlite", sqlite).run(f"SELECT {DURATIONS['sqlite']} FROM ({values});")
+    [found] = Client("sqlite", sqlite).run(f"SELECT {DIFFERENT['sqlite'][1]} FROM ({values});")
     assert int(found) * MICROSECOND == datetime.fromisoformat(end) - datetime.fromisoformat(start)
