@@ -1,153 +1,23 @@
 """The statements of docs/sql.md, run in each database's own client, make runs like those of the library."""
 
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import missing
-from sqlalchemy import make_url
+from clients import BLOCKS, TEXT, Client, RefusedError, of_time
 from writers import Writer
 
-from taskruns import RunClosedError, RunExistsError, TaskPhase, TaskRun, TaskRunHistory
-
-DOCUMENT = Path(__file__).parents[1] / "docs/sql.md"
-TEXT = DOCUMENT.read_text(encoding="utf-8")
-BLOCKS: dict[str, str] = dict(re.findall(r"```sql ([\w ]+)\n(.*?)```", TEXT, re.DOTALL))
-PROGRAMS = {"sqlite": "sqlite3", "postgresql": "psql", "mariadb": "mariadb"}
+from taskruns import RunClosedError, RunExistsError, TaskPhase, TaskRun, TaskRunHistory, schema
 
 TASK = "it's 50 % 'Zürich'\\n"  # what would break out of a quotation
 START = datetime(2026, 11, 24, 12, 0, 0, 123456, UTC)
 END = START + timedelta(hours=1, microseconds=1)
 ERROR = 'disk "full" at C:\\temp\n-- \N{SNOWMAN} \N{PILE OF POO}; it\'s'
-
-
-class RefusedError(Exception):
-    """What the client said on its standard error."""
-
-
-def of_time(moment: datetime, kind: str) -> str:
-    """Return a time as the document has it written."""
-    return moment.strftime("%Y-%m-%d %H:%M:%S.%f") + ("+00" if kind == "postgresql" else "")
-
-
-class Client:
-    """A database's own client: a process for each script."""
-
-    def __init__(self, kind: str, url: str) -> None:
-        self.kind = kind
-        self.url = url
-        # Debian's psql is a script in Perl that looks for the one in these places, and takes thrice as long.
-        places = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
-        program = shutil.which(PROGRAMS[kind], path=os.pathsep.join([*places, os.environ["PATH"]]))
-        if program is None:
-            missing(f"no {PROGRAMS[kind]} to run the statements of docs/sql.md")
-        parsed = make_url(url)
-        self._environment = os.environ | {"PGTZ": "Asia/Kolkata"}
-        if kind == "sqlite":
-            self._command = [program, "-batch", "-bail", "-init", os.devnull, str(parsed.database)]
-        elif kind == "postgresql":
-            plain = parsed.set(drivername="postgresql").render_as_string(hide_password=False)
-            self._command = [program, "-XqAt", "-v", "ON_ERROR_STOP=1", "-v", "VERBOSITY=verbose", plain]
-        else:
-            self._environment["MYSQL_PWD"] = parsed.password or ""
-            where = [f"--host={parsed.host}", f"--port={parsed.port or 3306}", f"--user={parsed.username}"]
-            # A client and a server that are set up badly: the document has to make up for it.
-            bad = ["--default-character-set=latin1", "--init-command=SET sql_mode = '', time_zone = '+05:30'"]
-            options = ["--no-defaults", "--protocol=tcp", *bad, "-NB"]
-            self._command = [program, *options, *where, str(parsed.database)]
-
-    def statement(self, name: str) -> str:
-        """Return a block of the document, for this database."""
-        statement = BLOCKS.get(f"{self.kind} {name}") or BLOCKS[name]
-        if name in BLOCKS and self.kind == "postgresql":
-            statement = re.sub(r"@(\w+)", r":'\1'", statement)
-        if name == "problems" and self.kind != "sqlite":
-            [time] = re.findall({"postgresql": "`(now.*?)`", "mariadb": "`(UTC.* DAY)`"}[self.kind], TEXT)
-            statement = re.sub(r"strftime\(.*\)", time, statement)
-        return statement
-
-    def run(self, *names: str, **values: Any) -> list[str]:
-        """Run blocks of the document, or other SQL, with their placeholders set; return the lines of the answer."""
-        written = [name if name.endswith(";") else self.statement(name) for name in names]
-        script = "\n".join([*self._set(values), *written])
-        session = BLOCKS.get(f"{self.kind} session", "")
-        arguments = self._variables(values) if self.kind == "postgresql" else []
-        done = subprocess.run(
-            [*self._command[:-1], *arguments, self._command[-1]],
-            input=session + script,
-            capture_output=True,
-            encoding="utf-8",
-            env=self._environment,
-            check=False,
-            timeout=60,
-        )
-        if done.returncode:
-            raise RefusedError(done.stderr)
-        assert not done.stderr
-        lines = [line for line in done.stdout.splitlines() if line]
-        if self.kind == "sqlite":
-            assert lines.pop(0) == "30000"  # what PRAGMA busy_timeout has set
-        return lines
-
-    def _plain(self, value: Any) -> Any:
-        return of_time(value, self.kind) if isinstance(value, datetime) else value
-
-    def _variables(self, values: dict[str, Any]) -> list[str]:
-        names = dict.fromkeys(("started_at", "finished_at", "error", "exit_code", "source"), "") | values
-        texts = {name: "" if value is None else self._plain(value) for name, value in names.items()}
-        return [argument for name, value in texts.items() for argument in ("-v", f"{name}={value}")]
-
-    def _set(self, values: dict[str, Any]) -> list[str]:
-        def quoted(value: Any) -> str:
-            value = self._plain(value)
-            if not isinstance(value, str):
-                return "NULL" if value is None else str(value)
-            if self.kind == "mariadb":
-                return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-            value = value.replace("'", "''").replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            return f"\"'{value}'\""
-
-        if self.kind == "postgresql":
-            return []
-        form = {"sqlite": ".parameter set @{} {}", "mariadb": "SET @{} = {};"}[self.kind]
-        return [form.format(name, quoted(value)) for name, value in values.items()]
-
-    def open(self, task: str, **values: Any) -> int:
-        """Open a run as the document says; try again, under the lock where there is one."""
-        values = {"task": task, "source": "shell"} | values
-        for _ in range(50):
-            scripts = [["open"]]
-            if self.kind == "postgresql":
-                scripts.append(["BEGIN;", "lock", "open", "COMMIT;"])
-            elif self.kind == "mariadb":
-                scripts.append(["lock", "open", "unlock"])
-            for script in scripts:
-                try:
-                    answer = self.run(*script, **values)
-                except RefusedError as error:
-                    if self.kind != "mariadb" or not re.match(r"ERROR (1062|1213) ", str(error)):
-                        raise
-                    continue
-                if len(script) > 1 and self.kind == "mariadb":
-                    assert answer.pop(0) == "1"
-                if answer:
-                    return int(answer[0])
-        raise AssertionError("no number in 50 tries")
-
-    def close(self, task: str, attempt: int, phase: str, **values: Any) -> bool:
-        """Close a run as the document says; tell whether a row was changed."""
-        values = {"error": None, "exit_code": None} | values
-        answer = self.run("close", task=task, attempt=attempt, phase=phase, **values)
-        return answer == ["1"] if self.kind == "mariadb" else bool(answer)
 
 
 @pytest.fixture
@@ -326,7 +196,9 @@ def test_document_tells_of_every_column_and_phase() -> None:
     told = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     phases = [phase.value for phase in TaskPhase if phase is not TaskPhase.PENDING]
     assert sorted(told[:13]) == sorted(field.name for field in fields(TaskRun))
-    assert sorted(told[13:]) == sorted(phases)
+    assert sorted(told[13:19]) == sorted(phases)
+    supervisors = re.findall(r"^\| `(\w+)` \| (.*) \|", TEXT[TEXT.index("### Supervisors") :], re.MULTILINE)
+    assert supervisors == [(column.name, column.comment) for column in schema.supervisors.c]
 
 
 def test_a_task_ends_at_the_highest_number(client: Client) -> None:
@@ -387,29 +259,3 @@ def test_statement_for_mysql_tells_its_number(mariadb: str) -> None:
         assert history.open_run("job").attempt == 2
         assert client.run(script.strip(), script.strip(), task="job", source="shell") == ["3", "4"]
         assert history.get_run("job", 1) == TaskRun("job", 1, TaskPhase.RUNNING, START, source="shell")
-
-
-def test_readers(client: Client) -> None:
-    def keys(name: str, *columns: int, **values: Any) -> list[list[str]]:
-        rows = [re.split(r"[|\t]", line) for line in client.run(name, **values)]
-        return [[row[column] for column in columns] for row in rows]
-
-    client.open("job", started_at=START)
-    client.close("job", 1, "failed", error="long ago", finished_at=datetime(2026, 11, 24, 13, tzinfo=UTC))
-    old, now = datetime.now(UTC) - timedelta(days=2), datetime.now(UTC)
-    client.run(
-        "UPDATE task_runs SET started_at = '2020-01-01 00:00:00.000000', finished_at = '2020-01-02 00:00:00.000000';"
-    )
-    for phase, started_at in (("timeout", old), ("exhausted", now), ("succeeded", now)):
-        client.close("job", client.open("job", started_at=started_at), phase)
-    client.open("other")
-    client.open("job")
-    assert keys("last", 0, 1, task="job") == [["5", "running"]]
-    assert keys("active", 0, 1) == [["other", "1"], ["job", "5"]]
-    assert keys("problems", 0, 1) == [["job", "3"], ["job", "2"]]
-
-
-def test_problems_are_read_by_their_index(client: Client) -> None:
-    plan = {"sqlite": "EXPLAIN QUERY PLAN ", "postgresql": "SET enable_seqscan = off; EXPLAIN ", "mariadb": "EXPLAIN "}
-    text = "\n".join(client.run(plan[client.kind] + client.statement("problems").strip()))
-    assert re.search("ix_task_runs_(problems|finished)", text)
