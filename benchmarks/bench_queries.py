@@ -3,9 +3,9 @@
     python benchmarks/bench_queries.py [--sqlite-dir DIR] [--postgresql URL] [--size 10000000] [--rounds 20] [--only X]
 
 The raw driver has a connection of its own that it keeps, the best SQL known for each question, and builds the same
-``TaskRun``s. A round asks every question of both, in both sizes, in random order and with the same arguments, each some
-times in a row. Before, all answers are compared. The histories are described in ``many_runs.py``; they are made where
-they are missing, which takes minutes and 10 GB, and kept. ``--size 10000`` is quick, and tells no growth.
+``TaskRun``s. A round asks every question of both, in both sizes, in random order and with the same arguments, 100 times
+in a row. Before, answers are compared. The histories are described in ``many_runs.py``; they are made where they are
+missing, which takes ten minutes and 8 GB, and kept. ``--size 10000`` is quick, and tells no growth.
 """
 
 import argparse
@@ -280,16 +280,15 @@ def asked(
     """Ask everything in each round, and return the microseconds."""
     taken: dict[tuple[Question, Contest, str], list[float]] = {}
     for _ in range(rounds):
-        due = []
-        for question in questions:
-            for contest in contests:
-                if contest is contests[0] or not question.only_large:
-                    arguments = [question.draw(chance, contest.shape) for _ in range(question.times)]
-                    due += [(question, contest, who, arguments) for who in ("raw", "ours")]
-        chance.shuffle(due)
-        for question, contest, who, arguments in due:
-            ask = getattr(getattr(contest, who), question.method)
-            taken.setdefault((question, contest, who), []).append(timed(ask, arguments))
+        for question in chance.sample(questions, len(questions)):
+            due = []
+            for contest in contests if not question.only_large else contests[:1]:
+                arguments = [question.draw(chance, contest.shape) for _ in range(question.times)]
+                due += [(contest, who, arguments) for who in ("raw", "ours")]
+            chance.shuffle(due)
+            for contest, who, arguments in due:
+                ask = getattr(getattr(contest, who), question.method)
+                taken.setdefault((question, contest, who), []).append(timed(ask, arguments))
     return taken
 
 
@@ -321,7 +320,7 @@ def measure(contests: list[Contest], questions: list[Question], rounds: int) -> 
 def main() -> None:
     """Make what is missing, then measure each database and shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sqlite-dir", type=Path, help="where SQLite files are kept; else they are not")
+    parser.add_argument("--sqlite-dir", type=Path, help="where the SQLite files are kept; by default they are not")
     parser.add_argument("--postgresql", help="the URL of a database from which others can be made")
     parser.add_argument("--size", type=int, default=10_000_000, help="runs of the history that is measured")
     parser.add_argument("--rounds", type=int, default=20)
