@@ -26,10 +26,6 @@ from taskruns import TaskRunHistory
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 COLUMNS = "task_id, attempt, phase, started_at, finished_at, error, source, recovered, start_inferred"
-COMING = (  # the next migration's
-    "CREATE INDEX IF NOT EXISTS ix_task_runs_problems_of_task ON task_runs (task_id, attempt)"
-    " WHERE phase IN ('failed', 'timeout', 'exhausted')"
-)
 
 Row = tuple[str, int, str, str, str | None, str | None, str, bool, bool]
 
@@ -137,16 +133,21 @@ def sqlite_file(shape: Shape, folder: Path) -> str:
         part = path.with_suffix(".part")
         for leftover in folder.glob(f"{part.name}*"):
             leftover.unlink()
-        with TaskRunHistory.connect(f"sqlite:///{part}") as history:
-            history.upgrade()
+        _upgraded(f"sqlite:///{part}")
         with closing(sqlite3.connect(part, isolation_level=None)) as connection:
             _fill_sqlite(connection, shape)
         part.rename(path)
-    return f"sqlite:///{path}"
+    return _upgraded(f"sqlite:///{path}")
+
+
+def _upgraded(url: str) -> str:
+    """Bring its tables up to date, also those of a history that was made before a migration came."""
+    with TaskRunHistory.connect(url) as history:
+        history.upgrade()
+    return url
 
 
 def _fill_sqlite(connection: sqlite3.Connection, shape: Shape) -> None:
-    connection.execute(COMING)
     connection.execute("PRAGMA journal_mode = DELETE")
     connection.execute("PRAGMA synchronous = OFF")
     connection.execute("PRAGMA cache_size = -262144")
@@ -175,16 +176,13 @@ def postgresql_database(shape: Shape, server: URL) -> str:
             connection.execute(f'DROP DATABASE IF EXISTS "{part}"')
             connection.execute(f'CREATE DATABASE "{part}"')
             filling = server.set(drivername="postgresql", database=part).render_as_string(hide_password=False)
-            with TaskRunHistory.connect(filling) as history:
-                history.upgrade()
-            with psycopg.connect(filling, autocommit=True) as filled:
+            with psycopg.connect(_upgraded(filling), autocommit=True) as filled:
                 _fill_postgresql(filled, shape)
             connection.execute(f'ALTER DATABASE "{part}" RENAME TO "{shape.name}"')
-    return url
+    return _upgraded(url)
 
 
 def _fill_postgresql(connection: psycopg.Connection, shape: Shape) -> None:
-    connection.execute(COMING)
     for setting in ("TimeZone = 'UTC'", "maintenance_work_mem = '512MB'", "max_parallel_maintenance_workers = 0"):
         connection.execute(f"SET {setting}")
     key = connection.execute("SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'pk_task_runs'")
