@@ -99,8 +99,9 @@ def explained(connection: Connection, wanted: RunFilter, order: RunOrder, *, is_
     question, values = question_of(wanted, dialect.name)
     statement = Prepared(runs(question, order, is_following, False, dialect.name), dialect)
     statement.text = f"{'EXPLAIN QUERY PLAN' if dialect.name == 'sqlite' else 'EXPLAIN'} {statement.text}"
-    values |= {"limit": 51, "at_time": START_OF_HOUR + timedelta(minutes=20), "at_task": "task 3", "at_attempt": 400}
-    return "\n".join(" ".join(map(str, row)) for row in statement.execute(connection, values))
+    cursor = {"at_time": START_OF_HOUR + timedelta(minutes=20), "at_task": "task 3", "at_attempt": 400}
+    rows = statement.fetch(connection, {**values, **cursor, "limit": 51})
+    return "\n".join(" ".join(map(str, row)) for row in rows)
 
 
 def asked(name: str) -> str:
