@@ -15,7 +15,7 @@ from rich.text import Text
 from taskruns.cli.durations import readable
 from taskruns.model import TaskPhase, TaskRun
 
-_STYLES = {
+STYLES = {
     TaskPhase.RUNNING: "cyan",
     TaskPhase.SUCCEEDED: "green",
     TaskPhase.FAILED: "red",
@@ -96,7 +96,7 @@ def print_run(run: TaskRun) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, value in facts:
         if value:
-            style = _STYLES[run.phase] if name == "phase" else ""
+            style = STYLES[run.phase] if name == "phase" else ""
             console.print(Text(f"{name:<11}", style="bold") + Text(value, style=style))
     if run.error is not None:
         console.print(Text("error", style="bold"))
@@ -121,12 +121,12 @@ def _cells(run: TaskRun, columns: Sequence[Column]) -> list[Text]:
         "duration": _duration(run),
         "exit": "" if run.exit_code is None else str(run.exit_code),
         "source": printable(run.source or ""),
-        "error": _summary(run.error),
+        "error": summary(run.error),
     }
-    return [Text(values[name], style=_STYLES[run.phase] if name == "phase" else "") for _, name in columns]
+    return [Text(values[name], style=STYLES[run.phase] if name == "phase" else "") for _, name in columns]
 
 
-def _summary(error: str | None) -> str:
+def summary(error: str | None) -> str:
     """Return the last line of an error, which says most: of a traceback, of what a command printed."""
     lines = [line for line in (error or "").splitlines() if line.strip()]
     return printable(lines[-1].strip()) if lines else ""
