@@ -39,6 +39,12 @@ QUESTIONS: dict[str, tuple[RunFilter, dict[str, str]]] = {
     "problems by finish time": (RunFilter(phases=PROBLEMS, finished=HOUR), BY_END),
     "timeouts of a task pattern": (RunFilter(task_glob="task*", phases=TaskPhase.TIMEOUT), BY_END),
 }
+STEPS = {
+    (wanted, are_active): ACTIVE if are_active else BY_START
+    for wanted in (RunFilter(), RunFilter("task 3"), RunFilter(task_glob="task*"))
+    for are_active in (False, True)
+}
+"""What those ask who follow runs."""
 READERS: dict[str, tuple[Select[Any], dict[str, str]]] = {
     "how many are active": (
         statements.active_count(),
@@ -137,10 +143,9 @@ def test_every_reader_has_its_index(database: str) -> None:
                     for is_following in (False, True):
                         found = explained(connection, wanted, order, is_following=is_following)
                         plans[f"{reader}, {order}, {is_following=}, {has_statistics=}"] = (found, index[kind])
-            for wanted in (RunFilter(), RunFilter("task 3"), RunFilter(task_glob="task*")):
-                for are_active, index in ((False, BY_START), (True, ACTIVE)):
-                    found = plan_of_step(connection, wanted, are_active=are_active)
-                    plans[f"a step, {wanted}, {are_active=}, {has_statistics=}"] = (found, index[kind])
+            for (wanted, are_active), index in STEPS.items():
+                found = plan_of_step(connection, wanted, are_active=are_active)
+                plans[f"a step, {wanted}, {are_active=}, {has_statistics=}"] = (found, index[kind])
             for reader, (query, index) in READERS.items():
                 plans[f"{reader}, {has_statistics=}"] = (plan(connection, query), index[kind])
         for name, indexes in DOCUMENTED.items():

@@ -71,12 +71,12 @@ class Following:
         self._queue: dict[_Key, None] = {}
         self._changing: dict[_Key, tuple[tuple[TaskPhase, bool], float]] = {}
         """The outcomes of which there may be more to say, and until when."""
-        self._has_more = False
+        self._has_more, self._has_begun = False, False
 
     @property
     def is_behind(self) -> bool:
         """Whether there is more to tell by now."""
-        return self._has_more or bool(self._queue)
+        return self._has_more or bool(self._queue) or not self._has_begun
 
     @property
     def pause(self) -> float:
@@ -127,6 +127,7 @@ class Following:
             if key not in self._active:
                 self._queue[key] = None
         self._active_at = last or _FIRST
+        self._has_begun = self._has_begun or last is None
 
     def _page(self, connection: Connection, after: _Place, *, are_active: bool) -> Sequence[Any]:
         dialect = connection.dialect
