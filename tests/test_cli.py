@@ -1,6 +1,7 @@
 """The reading commands: what they print, where, and their status."""
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -250,7 +251,7 @@ def test_json_streams_more_than_a_page(shell: Shell, sqlite: str) -> None:
     [
         ((), "Missing command"),
         (("no-such-command",), "No such command 'no-such-command'"),
-        (("runs",), "Missing argument 'TASK'"),
+        (("show",), "Missing argument 'TASK'"),
         (("runs", "a", "b"), "unexpected extra argument (b)"),
         (("runs", "job", "--no-such-option"), "No such option"),
         (("runs", "job", "--phase", "done"), "done"),
@@ -283,6 +284,6 @@ def test_wrong_usage_is_one_line_and_2(shell: Shell, sqlite: str, arguments: tup
 def test_what_cannot_be_a_task_id_is_said_in_one_line(shell: Shell, sqlite: str, command: str, task: str) -> None:
     answer = shell(command, "--db", sqlite, "--", task)
     assert (answer.status, answer.out) == (2, "")
-    assert answer.err.startswith("taskruns: Invalid value for 'TASK': a task id has ")
+    assert re.match(r"taskruns: Invalid value for '\[?TASK\]?': a task id has ", answer.err)
     assert (len(answer.err.splitlines()), "\t" in answer.err) == (1, False)
     assert shell("tasks", "--after", task, "--db", sqlite).status == 2

@@ -94,7 +94,7 @@ def test_version(shell: Shell, home: Home) -> None:
         ("--timeout", ""),
         ("--timeout", "soon"),
         ("--timeout", "-1"),
-        ("--timeout", "1w"),
+        ("--timeout", "1y"),
         ("--timeout", "1e3"),
         ("--timeout", "nan"),
         ("--timeout", "inf"),

@@ -13,6 +13,7 @@ from test_retries import cut, servers_history
 from taskruns import PROBLEMS, RunFilter, TaskPhase, TaskRun, TaskRunHistory, following, statements
 from taskruns.filters import filter_of
 from taskruns.following import LOOK_BACK, Following
+from taskruns.prepared import Prepared
 from taskruns.schema import task_runs
 
 __all__ = ["servers_history"]  # a fixture
@@ -202,21 +203,24 @@ def test_many_are_told_over_some_steps_none_twice_and_none_missing(history: Task
 
 
 @pytest.mark.usefixtures("small")
-def test_step_asks_three_queries_at_most_and_two_where_nothing_happens(history: TaskRunHistory) -> None:
+def test_step_asks_three_queries_at_most_and_two_where_nothing_happens(
+    history: TaskRunHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries: list[str] = []
-    engine = cast(Any, history)._engine
-    event.listen(
-        getattr(engine, "sync_engine", engine),
-        "before_cursor_execute",
-        lambda *args: queries.append(args[2]) if "task_runs" in args[2] or "now" in args[2].lower() else None,
-    )
+    engine, fetch = cast(Any, history)._engine, Prepared.fetch
+
+    def counted(*arguments: Any) -> Any:
+        queries.append(arguments[0].text)
+        return fetch(*arguments)
+
     with history.begin() as runs:
         for number in range(20):
             runs.open_run(f"a{number}")
     follow = Follower(history)
-    queries.clear()
+    monkeypatch.setattr(Prepared, "fetch", counted)  # of which SQLAlchemy knows nothing
+    event.listen(getattr(engine, "sync_engine", engine), "before_cursor_execute", lambda *args: queries.append(args[2]))
     while follow.step():
-        assert len(queries) <= 3
+        assert 0 < len(queries) <= 3
         queries.clear()
     queries.clear()
     follow.step()

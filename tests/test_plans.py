@@ -105,20 +105,21 @@ def explained(connection: Connection, wanted: RunFilter, order: RunOrder, *, is_
     question, values = question_of(wanted, connection.dialect.name)
     query = runs(question, order, is_following, False, connection.dialect.name)
     place = {"at_time": START_OF_HOUR + timedelta(minutes=20), "at_task": "task 3", "at_attempt": 400}
-    return prepared_plan(connection, query, values | place | {"limit": 51})
+    return prepared_plan(connection, query, {**values, **place, "limit": 51})
 
 
 def plan_of_step(connection: Connection, wanted: RunFilter, *, are_active: bool) -> str:
     question, values = question_of(wanted, connection.dialect.name)
     since = START if are_active else START + timedelta(seconds=30 * 20_000 - 10)
-    values |= {"at_time": since, "at_task": "", "at_attempt": 0, "limit": PAGE}
-    return prepared_plan(connection, starts(question, are_active, connection.dialect.name), values)
+    place = {"at_time": since, "at_task": "", "at_attempt": 0}
+    query = starts(question, are_active, connection.dialect.name)
+    return prepared_plan(connection, query, {**values, **place, "limit": PAGE})
 
 
 def prepared_plan(connection: Connection, query: Select[Any], values: dict[str, Any]) -> str:
     statement = Prepared(query, connection.dialect)
     statement.text = f"{'EXPLAIN QUERY PLAN' if connection.dialect.name == 'sqlite' else 'EXPLAIN'} {statement.text}"
-    return "\n".join(" ".join(map(str, row)) for row in statement.execute(connection, values))
+    return "\n".join(" ".join(map(str, row)) for row in statement.fetch(connection, values))
 
 
 def asked(name: str) -> str:

@@ -82,7 +82,7 @@ def watching(home: Home, database: str, *arguments: str) -> Watching:
 
 def test_command_is_seen_to_start_and_to_end(home: Home, sqlite: str, history: TaskRunHistory) -> None:
     with_default_interval = Watching(home, "--db", sqlite)
-    assert re.fullmatch(r"\S+Z  running    first 1    +\d.* s +here", with_default_interval.line(10))
+    assert re.fullmatch(r"\S+Z  running    first 1 +\d.* s +here", with_default_interval.line(10))
     home.taskruns("exec", "--db", sqlite, "job", "--", "sh", "-c", "echo one >&2; echo disk full >&2; exit 3")
     started, ended = with_default_interval.line(), with_default_interval.line()
     when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
@@ -102,7 +102,7 @@ def test_long_lines_are_whole_in_a_pipe(home: Home, sqlite: str, history: TaskRu
 
 def test_on_a_terminal_an_error_without_room_stands_below() -> None:
     lines, shown = _Lines(UTC), StringIO()
-    lines._terminal = Console(file=shown, width=60, soft_wrap=True)
+    lines._terminal = Console(file=shown, width=64, soft_wrap=True)
     start = datetime(2026, 11, 24, 2, 15, tzinfo=UTC)
     for error in ("disk full", "disk full " * 9):
         lines.print(TaskRun("backup", 7, TaskPhase.FAILED, start, start + timedelta(seconds=9), error))
@@ -110,7 +110,7 @@ def test_on_a_terminal_an_error_without_room_stands_below() -> None:
         "2026-11-24 (UTC)",
         "02:15:09  failed     backup 7     9.0 s              disk full",
         "02:15:09  failed     backup 7     9.0 s",
-        "          disk full disk full disk full disk full disk full…",
+        "          disk full disk full disk full disk full disk full dis…",
     ]
 
 

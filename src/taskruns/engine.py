@@ -135,7 +135,7 @@ def url_of(engine: Engine) -> URL:
 
 
 def _limit_waiting(engine: Engine, seconds: float) -> None:
-    """Have PostgreSQL end a wait for a lock, unless a limit is set already.
+    """Have PostgreSQL end a wait for a lock, unless a limit is set already, and give times in UTC.
 
     Not behind PgBouncer, whose sessions are other clients' too. It is known by the number of the process that serves
     the connection, which is not what was told when it was opened.
@@ -145,12 +145,18 @@ def _limit_waiting(engine: Engine, seconds: float) -> None:
     def connected(dbapi: Any, record: Any) -> None:
         cursor = dbapi.cursor()
         cursor.execute(
-            "SELECT set_config('lock_timeout', %s, false)"
-            " WHERE pg_backend_pid() = %s AND current_setting('lock_timeout') = '0'",
+            "SELECT set_config('TimeZone', 'UTC', false),"
+            " set_config('lock_timeout', coalesce(nullif(current_setting('lock_timeout'), '0'), %s), false)"
+            " WHERE pg_backend_pid() = %s",
             (f"{max(1, round(1000 * seconds))}ms", record.driver_connection.info.backend_pid),
         )
         cursor.close()
         dbapi.commit()
+
+
+def is_own(connection: Connection) -> bool:
+    """Whether a connection is of an engine made here, not of a host's."""
+    return connection.engine in _engines
 
 
 def only_reads(engine: Engine) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 
 from taskruns.globs import Glob
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_exit_code, checked_name, checked_phase
@@ -120,6 +121,8 @@ class RunFilter:
         An index knows one of the times only.
         """
         started, finished = self.started, self.finished
+        if finished is ANY_TIME and (started is ANY_TIME or not self.only_problems):
+            return self
         least, most = self.min_duration or timedelta(0), self.max_duration
         try:
             if finished.until is not None:
@@ -150,5 +153,8 @@ def filter_of(wanted: str | RunFilter | None, phases: Phases = None) -> RunFilte
         ValueError: a value is outside its rules.
     """
     if not isinstance(wanted, RunFilter):
-        return RunFilter(wanted, phases=phases)
+        return _filter_of_task(wanted) if phases is None else RunFilter(wanted, phases=phases)
     return wanted if phases is None else replace(wanted, phases=phases)
+
+
+_filter_of_task = lru_cache(maxsize=256)(RunFilter)

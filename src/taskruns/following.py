@@ -133,8 +133,9 @@ class Following:
         dialect = connection.dialect
         question, values = question_of(self._all, dialect.name)
         statement = prepared(dialect, query_statements.starts, question, are_active, dialect.name)
-        values |= dict(zip(("at_time", "at_task", "at_attempt"), after, strict=True)) | {"limit": PAGE}
-        return statement.execute(connection, values).all()
+        at_time, at_task, at_attempt = after
+        place = {"at_time": at_time, "at_task": at_task, "at_attempt": at_attempt}
+        return statement.fetch(connection, {**values, **place, "limit": PAGE})
 
     def _forget(self) -> None:
         """Raise the floor to where starts are not expected any more, and forget what is below."""

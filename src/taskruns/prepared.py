@@ -3,19 +3,25 @@
 SQLAlchemy's way from a statement to a row costs several times what SQLite takes to find it.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, CursorResult, Dialect
+from sqlalchemy import Connection, Dialect
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.sql import ClauseElement
 
+from taskruns import engine
 from taskruns.model import TaskPhase, TaskRun
+from taskruns.stats import Ended
 
 _MOST = 1000
 """Statements that are kept for a dialect; far more than there are, if nobody asks for ever new ones."""
+
+_log = logging.getLogger("sqlalchemy.engine.Engine")
 
 PHASES = {phase.value: phase for phase in TaskPhase}
 
@@ -43,14 +49,28 @@ class Prepared:
             if process is not None:
                 self._processors[name] = process
 
-    def execute(self, connection: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
-        """Send it; the rows are as the driver gives them."""
+    def fetch(self, connection: Connection, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        """Send it, and return all rows as the driver gives them."""
         values = self._constants | dict(parameters)
         for name, process in self._processors.items():
             values[name] = process(values[name])
-        if self._names is None:
-            return connection.exec_driver_sql(self.text, values)
-        return connection.exec_driver_sql(self.text, tuple([values[name] for name in self._names]))
+        sent = values if self._names is None else tuple([values[name] for name in self._names])
+        if not engine.is_own(connection) or _log.isEnabledFor(logging.INFO):
+            return connection.exec_driver_sql(self.text, sent).all()
+        # What SQLAlchemy does besides takes as long as the rest: a connection of ours commits each statement by itself.
+        try:
+            cursor = connection.connection.cursor()
+            try:
+                cursor.execute(self.text, sent)
+                rows: Sequence[Sequence[Any]] = cursor.fetchall()
+            finally:
+                cursor.close()
+        except connection.dialect.loaded_dbapi.Error as error:
+            raise engine.as_sqlalchemy(connection, error, self.text) from error
+        except BaseException as error:
+            connection.invalidate(error)  # interrupted, or canceled: nobody knows where it stopped
+            raise
+        return rows
 
 
 def prepared(dialect: Dialect, build: Callable[..., ClauseElement], *arguments: Any) -> Prepared:
@@ -68,26 +88,39 @@ def prepared(dialect: Dialect, build: Callable[..., ClauseElement], *arguments: 
 _kept: WeakKeyDictionary[Dialect, dict[Any, Prepared]] = WeakKeyDictionary()
 
 
-def run_of_values(values: Any) -> TaskRun:
-    """Return the run of a row with the columns of ``statements.COLUMNS``, as a driver gives them."""
-    (task_id, attempt, phase, started_at, finished_at, error, code, recovered, inferred, *rest) = values
-    return TaskRun(
-        task_id,
-        attempt,
-        PHASES[phase],
-        moment_of(started_at),
-        None if finished_at is None else moment_of(finished_at),
-        error,
-        code,
-        bool(recovered),
-        bool(inferred),
-        *rest,
-    )
+_put = tuple(vars(TaskRun)[field.name].__set__ for field in fields(TaskRun))
+
+
+def runs_of_rows(rows: Iterable[Sequence[Any]]) -> list[TaskRun]:
+    """Return the runs of rows with the columns of ``statements.COLUMNS``, as a driver gives them.
+
+    Their rules are constraints of the table. To have them checked again would take longer than all the rest.
+    """
+    new, phases, moment = TaskRun.__new__, PHASES, moment_of
+    runs = []
+    for task_id, attempt, phase, started_at, finished_at, error, code, recovered, inferred, *rest in rows:
+        run = new(TaskRun)
+        end = None if finished_at is None else moment(finished_at)
+        head = (task_id, attempt, phases[phase], moment(started_at), end, error, code, bool(recovered), bool(inferred))
+        for put, value in zip(_put, (*head, *rest), strict=True):
+            put(run, value)
+        runs.append(run)
+    return runs
+
+
+def ended_of_rows(rows: Sequence[Sequence[Any]]) -> Sequence[Ended]:
+    """Return what statistics are made of, out of rows of phase, start and end."""
+    if not rows or type(rows[0][1]) is not str:
+        return rows  # type: ignore[return-value]  # what other drivers give is that
+    read = datetime.fromisoformat
+    return [(phase, read(start), None if end is None else read(end)) for phase, start, end in rows]
 
 
 def moment_of(value: Any) -> datetime:
-    """Return the moment that a driver gives as text (SQLite), without a zone (MariaDB) or with one."""
+    """Return the moment that a driver gives as text (SQLite), without a zone (MariaDB) or with one (PostgreSQL)."""
     if type(value) is str:
         return datetime.fromisoformat(value + "+00:00")  # quicker than to replace the zone afterwards
-    moment: datetime = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-    return moment
+    moment: datetime = value
+    if moment.tzinfo is UTC:
+        return moment
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

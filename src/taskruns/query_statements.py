@@ -3,9 +3,11 @@
 What a question gives is bound by name: see :func:`parameters`.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import (
@@ -25,11 +27,12 @@ from sqlalchemy import (
     table,
     text,
     true,
+    union_all,
 )
 
 from taskruns.filters import RunFilter, RunOrder
 from taskruns.globs import Glob, upper_bound
-from taskruns.model import PROBLEMS, TaskPhase, TaskRun
+from taskruns.model import MAX_ATTEMPT, PROBLEMS, TaskPhase, TaskRun
 from taskruns.schema import IS_PROBLEM, task_runs
 from taskruns.statements import COLUMNS, clock
 
@@ -56,17 +59,23 @@ class Question:
         return "task" in self.names
 
     @property
+    def has_no_problems(self) -> bool:
+        """Whether only other phases are asked for."""
+        return self.phases is not None and not self.phases & PROBLEMS
+
+    @property
     def only_problems(self) -> bool:
         """Whether no phase but problems is asked for."""
         return bool(self.phases) and self.phases is not None and self.phases <= PROBLEMS
 
 
-def question_of(wanted: RunFilter, dialect: str) -> tuple[Question, dict[str, Any]]:
+@lru_cache(maxsize=256)
+def question_of(wanted: RunFilter, dialect: str) -> tuple[Question, Mapping[str, Any]]:
     """Return what a filter asks, and its values."""
     values = parameters(wanted, dialect)
     phases = wanted.phases
     assert phases is None or isinstance(phases, frozenset)  # noqa: S101  (for mypy: the filter has seen to it)
-    return Question(frozenset(values), phases, wanted.recovered, wanted.active), values
+    return Question(frozenset(values), phases, wanted.recovered, wanted.active), MappingProxyType(values)
 
 
 def parameters(wanted: RunFilter, dialect: str) -> dict[str, Any]:
@@ -142,7 +151,7 @@ def conditions(question: Question, dialect: str, *, tasks_in_range: bool = True)
         }
     found = [condition for name, condition in given.items() if name in names]
     if question.phases is not None:
-        found += _phases(question.phases, question)
+        found += _phases(question.phases, question, dialect)
     if question.recovered is not None:
         found.append(_C.recovered.is_(question.recovered) if dialect != "sqlite" else _flag(question.recovered))
     if question.active is not None:
@@ -154,11 +163,13 @@ def _flag(value: bool) -> ColumnElement[bool]:  # noqa: FBT001  (one value, one 
     return literal_column("recovered" if value else "NOT recovered")
 
 
-def _phases(phases: Collection[TaskPhase], question: Question) -> list[ColumnElement[bool]]:
+def _phases(phases: Collection[TaskPhase], question: Question, dialect: str) -> list[ColumnElement[bool]]:
     """Return the condition of some phases in the words by which an index is found: see docs/databases.md."""
     found: list[ColumnElement[bool]] = []
     if question.only_problems:
-        found += [text(IS_PROBLEM), _C.finished_at.is_not(None)]  # type: ignore[list-item]  # it may stand in a WHERE
+        found.append(text(IS_PROBLEM))  # type: ignore[arg-type]  # it may stand in a WHERE
+        if dialect not in ("sqlite", "postgresql"):
+            found.append(_C.finished_at.is_not(None))
     elif phases == {TaskPhase.RUNNING}:
         return [_C.finished_at.is_(None)]
     if phases != PROBLEMS:
@@ -212,6 +223,28 @@ def by_problems_of_task(query: Select[Any], question: Question) -> Select[Any]:
     if question.is_of_one_task and question.only_problems:
         return query.with_hint(_T, "INDEXED BY ix_task_runs_problems_of_task", "sqlite")
     return query
+
+
+def last_beside_problems(question: Question, dialect: str) -> Select[Any]:
+    """Select the newest run of a task in phases that are no problems, without a look at the problems that follow it.
+
+    Their index has gaps where other runs are, and each gap is a range of the key. For a heap, where each run that is
+    looked at lies on a page of its own: a tenth of the time, if there are 90,000 problems.
+    """
+    given = _C.task_id == _bind("task", _C.task_id)
+    of_task = select(_C.attempt).where(given, text(IS_PROBLEM))
+    following = func.lead(_C.attempt).over(order_by=_C.attempt.desc())
+    newest = of_task.with_only_columns(func.max(_C.attempt)).scalar_subquery()
+    above = select(
+        literal_column(str(MAX_ATTEMPT + 1), BigInteger).label("upper"), func.coalesce(newest, 0).label("lower")
+    )
+    between = of_task.with_only_columns(_C.attempt.label("upper"), func.coalesce(following, 0).label("lower"))
+    gap = union_all(above, between).subquery("gap")
+    within = and_(_C.attempt < gap.c.upper, _C.attempt > gap.c.lower)
+    newest_run = select(*COLUMNS).where(*conditions(question, dialect), within).order_by(_C.attempt.desc()).limit(1)
+    run = newest_run.correlate(gap).lateral("run")
+    query = select(*(run.c[column.name] for column in COLUMNS)).select_from(gap.join(run, true()))
+    return query.where(gap.c.upper - gap.c.lower > literal_column("1")).order_by(gap.c.upper.desc()).limit(_LIMIT)
 
 
 _Key = tuple[str, ColumnElement[Any], Any]

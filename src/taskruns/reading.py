@@ -1,7 +1,7 @@
 """Answers to questions, on a connection."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Dialect
 from taskruns import query_statements, statements, stats_statements
 from taskruns.filters import RunFilter, RunOrder
 from taskruns.model import MAX_ATTEMPT, TaskRun, checked_name
-from taskruns.prepared import PHASES, moment_of, prepared, run_of_values
+from taskruns.prepared import ended_of_rows, prepared, runs_of_rows
 from taskruns.query_statements import Question, question_of
 from taskruns.stats import PERCENTS, DurationStats, Ended, RunStats, Span, StatsPart, last_ends, stats_by, stats_of
 from taskruns.times import parse_time, rfc3339
@@ -49,7 +49,12 @@ def page(connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: i
 
 def last_run(connection: Connection, wanted: RunFilter) -> TaskRun | None:
     """Return the run that is the newest; None if there is none."""
-    found = _fetched(connection, wanted, RunOrder.NEWEST, limit=1)
+    question, values = question_of(wanted, connection.dialect.name)
+    if connection.dialect.name == "postgresql" and question.is_of_one_task and question.has_no_problems:
+        statement = prepared(connection.dialect, query_statements.last_beside_problems, question, "postgresql")
+        found = runs_of_rows(statement.fetch(connection, {**values, "limit": 1}))
+    else:
+        found = _fetched(connection, wanted, RunOrder.NEWEST, limit=1)
     return found[0] if found else None
 
 
@@ -67,17 +72,17 @@ def _fetched(
     dialect = connection.dialect.name
     question, values = question_of(wanted, dialect)
     if after is not None:
-        values |= _Cursor.parse(after, question, order).parameters()
+        values = {**values, **_Cursor.parse(after, question, order).parameters()}
     by_key = _is_small(connection, question, values)
     statement = prepared(connection.dialect, query_statements.runs, question, order, after is not None, by_key, dialect)
-    return _runs(statement.execute(connection, values | {"limit": limit}))
+    return runs_of_rows(statement.fetch(connection, {**values, "limit": limit}))
 
 
 def get_run(connection: Connection, task_id: str, attempt: int) -> TaskRun | None:
     """Return a run; None if there is no such run."""
     statement = prepared(connection.dialect, statements.get_run)
-    row = statement.execute(connection, key_of(task_id, attempt)).first()
-    return None if row is None else run_of_values(row)
+    found = runs_of_rows(statement.fetch(connection, key_of(task_id, attempt)))
+    return found[0] if found else None
 
 
 def all_runs(
@@ -98,11 +103,11 @@ def all_runs(
     if of_task is not None and after is not None and task_id in (None, of_task):
         statement = prepared(dialect, query_statements.following_runs)
         values = {"task": of_task, "attempt": after[1], "limit": limit}
-        found = _runs(statement.execute(connection, values))
+        found = runs_of_rows(statement.fetch(connection, values))
     if task_id is None and len(found) < limit:
         statement = prepared(dialect, query_statements.runs_of_following_tasks, of_task is not None)
         rest = {"limit": limit - len(found)} | ({} if of_task is None else {"after": of_task})
-        found += _runs(statement.execute(connection, rest))
+        found += runs_of_rows(statement.fetch(connection, rest))
     return found
 
 
@@ -125,7 +130,7 @@ def tasks(
     is_postgresql = connection.dialect.name == "postgresql"
     walk = connection.dialect.name == "sqlite" or (is_postgresql and not _is_citus(connection))
     statement = prepared(connection.dialect, query_statements.tasks, walk, is_postgresql, start)
-    return _runs(statement.execute(connection, values))
+    return runs_of_rows(statement.fetch(connection, values))
 
 
 def _is_citus(connection: Connection) -> bool:
@@ -138,16 +143,12 @@ def _is_citus(connection: Connection) -> bool:
 _citus: WeakKeyDictionary[Dialect, bool] = WeakKeyDictionary()
 
 
-def _runs(rows: Iterable[Any]) -> list[TaskRun]:
-    return [run_of_values(row) for row in rows]
-
-
 def count(connection: Connection, wanted: RunFilter) -> int:
     """Return how many runs there are."""
     dialect = connection.dialect.name
     question, values = question_of(wanted, dialect)
     statement = prepared(connection.dialect, query_statements.count, question, dialect)
-    return int(statement.execute(connection, values).scalar_one())
+    return int(statement.fetch(connection, values)[0][0])
 
 
 def stats(connection: Connection, wanted: RunFilter, *, by: Span | None, zone: tzinfo) -> RunStats:
@@ -159,17 +160,17 @@ def stats(connection: Connection, wanted: RunFilter, *, by: Span | None, zone: t
     dialect = connection.dialect
     question, values = question_of(wanted, dialect.name)
     statement = prepared(dialect, stats_statements.ended, question, dialect.name)
-    rows = statement.execute(connection, values | {"limit": FEW + 1}).all()
+    rows = statement.fetch(connection, {**values, "limit": FEW + 1})
     parts: dict[int, RunStats] = {}
     if len(rows) <= FEW:
-        runs = [ended_of_values(row) for row in rows]
+        runs = ended_of_rows(rows)
         found = stats_of(runs)
         if by is not None:
             parts = stats_by(runs, lambda started_at: by.number(started_at, zone))
     else:
         found = _sorted_there(connection, question, values, stats_statements.ALL)[0]
         if by is not None:
-            first, last = connection.execute(stats_statements.starts(question, dialect.name), values).one()
+            first, last = connection.execute(stats_statements.starts(question, dialect.name), dict(values)).one()
             segments = by.segments(zone, first, last)
             part = stats_statements.part_number(by.seconds, segments, dialect.name)
             parts = _sorted_there(connection, question, values, part)
@@ -184,11 +185,11 @@ def stats_of_tasks(connection: Connection, wanted: RunFilter, task_ids: Sequence
     question, values = question_of(wanted, dialect)
     some = stats_statements.of_tasks(task_ids)
     query = stats_statements.ended(question, dialect, some)
-    rows = connection.execute(query, values | {"limit": FEW + 1}).all()
+    rows = connection.execute(query, {**values, "limit": FEW + 1}).all()
     if len(rows) > FEW:
         return _sorted_there(connection, question, values, stats_statements.TASK, some)
     runs: dict[str, list[Ended]] = {}
-    for task_id, *ended in rows:
+    for *ended, task_id in rows:
         runs.setdefault(task_id, []).append((ended[0], ended[1], ended[2]))
     return {task_id: stats_of(of_task) for task_id, of_task in runs.items()}
 
@@ -196,18 +197,19 @@ def stats_of_tasks(connection: Connection, wanted: RunFilter, task_ids: Sequence
 def _sorted_there(
     connection: Connection,
     question: Question,
-    values: dict[str, Any],
+    values: Mapping[str, Any],
     part: ColumnElement[Any],
     *some: ColumnElement[bool],
 ) -> dict[Any, RunStats]:
     """Return the statistics of each part of some runs, of which the database has sorted the durations."""
     dialect = connection.dialect.name
+    given = dict(values)
     ranked = {
         row[0]: row[1:]
-        for row in connection.execute(stats_statements.percentiles(question, part, PERCENTS, dialect, *some), values)
+        for row in connection.execute(stats_statements.percentiles(question, part, PERCENTS, dialect, *some), given)
     }
     phases: dict[Any, list[Any]] = {}
-    for key, *of_phase in connection.execute(stats_statements.sums(question, part, dialect, *some), values):
+    for key, *of_phase in connection.execute(stats_statements.sums(question, part, dialect, *some), given):
         phases.setdefault(key, []).append(of_phase)
     return {key: _stats_of_parts(of_part, ranked.get(key)) for key, of_part in phases.items()}
 
@@ -219,20 +221,14 @@ def _stats_of_parts(phases: Sequence[Any], percentiles: Sequence[int] | None) ->
         runs, totals, least, most = (
             [int(value) for value in column] for column in zip(*(row[1:5] for row in ended), strict=True)
         )
-        duration = DurationStats.of_parts(
-            sum(runs), sum(totals), min(least), max(most), [int(value) for value in percentiles]
-        )
+        spans = [min(least), *map(int, percentiles), max(most)]
+        mean = timedelta(microseconds=sum(totals)) / sum(runs)
+        duration = DurationStats(mean, *(timedelta(microseconds=span) for span in spans))
     last = {row[0]: row[5] for row in ended}
     return RunStats({row[0]: row[1] for row in phases}, duration, *last_ends(last))
 
 
-def ended_of_values(values: Any) -> Ended:
-    """Return what statistics are made of, out of a row as a driver gives it."""
-    _, phase, started_at, finished_at = values
-    return PHASES[phase], moment_of(started_at), None if finished_at is None else moment_of(finished_at)
-
-
-def _is_small(connection: Connection, question: Question, values: dict[str, Any]) -> bool:
+def _is_small(connection: Connection, question: Question, values: Mapping[str, Any]) -> bool:
     """Whether the runs of a range of tasks are few enough to sort all of them.
 
     With more of them, those that come first are soon found by going through the runs of all tasks.
@@ -240,7 +236,7 @@ def _is_small(connection: Connection, question: Question, values: dict[str, Any]
     if "first_task" not in question.names:
         return False
     statement = prepared(connection.dialect, query_statements.some_of_range, "no_task" in question.names)
-    return int(statement.execute(connection, values | {"most": FEW + 1}).scalar_one()) <= FEW
+    return int(statement.fetch(connection, {**values, "most": FEW + 1})[0][0]) <= FEW
 
 
 def check_limit(limit: int) -> None:

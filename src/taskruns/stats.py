@@ -1,16 +1,14 @@
 """Statistics of runs. Pure."""
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from taskruns.model import PROBLEMS, TaskPhase
 from taskruns.times import rfc3339
-
-G = TypeVar("G", bound=Hashable)
 
 PERCENTS = (50, 95, 99)
 
@@ -36,18 +34,12 @@ class DurationStats:
     max: timedelta
 
     @classmethod
-    def of(cls, spans: Sequence[int]) -> "DurationStats":
-        """Return the statistics of some durations, in microseconds; there must be one."""
+    def of(cls, spans: Sequence[timedelta]) -> "DurationStats":
+        """Return the statistics of some durations; there must be one."""
         ordered = sorted(spans)
-        percentiles = [ordered[nearest_rank(percent, len(ordered)) - 1] for percent in PERCENTS]
-        return cls.of_parts(len(ordered), sum(ordered), ordered[0], ordered[-1], percentiles)
-
-    @classmethod
-    def of_parts(cls, count: int, total: int, least: int, most: int, percentiles: Sequence[int]) -> "DurationStats":
-        """Return the statistics that these numbers make, in microseconds."""
-        p50, p95, p99 = percentiles
-        mean = timedelta(microseconds=total) / count
-        return cls(mean, *(timedelta(microseconds=span) for span in (least, p50, p95, p99, most)))
+        count = len(ordered)
+        p50, p95, p99 = [ordered[nearest_rank(percent, count) - 1] for percent in PERCENTS]
+        return cls(sum(ordered, timedelta()) / count, ordered[0], p50, p95, p99, ordered[-1])
 
     def to_wire(self) -> dict[str, int | float]:
         """Return them as a JSON object, in milliseconds, with a fraction where there is one."""
@@ -122,36 +114,38 @@ class StatsPart:
     stats: RunStats
 
 
-Ended = tuple[TaskPhase, datetime, datetime | None]
-"""What statistics are made of: a run's phase, start and end."""
+Ended = tuple[str, datetime, datetime | None]
+"""What statistics are made of: a run's phase, start and end, which are in UTC if they have no time zone."""
 
 
-def stats_of(runs: Iterable[Ended]) -> RunStats:
+def stats_of(runs: Sequence[Ended]) -> RunStats:
     """Return the statistics of some runs."""
-    by_phase: dict[TaskPhase, int] = {}
-    spans: list[int] = []
-    last: dict[TaskPhase, datetime] = {}
-    for phase, started_at, finished_at in runs:
-        by_phase[phase] = by_phase.get(phase, 0) + 1
-        if finished_at is not None:
-            spans.append((finished_at - started_at) // _MICROSECOND)
-            if phase not in last or finished_at > last[phase]:
-                last[phase] = finished_at
-    return RunStats(by_phase, DurationStats.of(spans) if spans else None, *last_ends(last))
+    by_phase = {TaskPhase(phase): count for phase, count in Counter([run[0] for run in runs]).items()}
+    spans = [end - start for _, start, end in runs if end is not None]
+    ends = {
+        phase: max([run[2] for run in runs if run[0] == phase and run[2] is not None])
+        for phase in by_phase
+        if phase.is_terminal
+    }
+    return RunStats(by_phase, DurationStats.of(spans) if spans else None, *last_ends(ends))
 
 
-def last_ends(last: Mapping[TaskPhase, datetime]) -> tuple[datetime | None, datetime | None]:
-    """Return the end of the last success and of the last problem, out of those of each phase."""
-    problems = [moment for phase, moment in last.items() if phase in PROBLEMS]
-    return last.get(TaskPhase.SUCCEEDED), max(problems, default=None)
+def last_ends(ends: Mapping[TaskPhase, datetime]) -> tuple[datetime | None, datetime | None]:
+    """Return the end of the last success and of the last problem, out of the last ones of each phase."""
+    success, problems = ends.get(TaskPhase.SUCCEEDED), [ends[phase] for phase in ends if phase in PROBLEMS]
+    return None if success is None else _aware(success), _aware(max(problems)) if problems else None
 
 
-def stats_by(runs: Iterable[Ended], part: Callable[[datetime], G]) -> dict[G, RunStats]:
+def stats_by(runs: Iterable[Ended], part: Callable[[datetime], int]) -> dict[int, RunStats]:
     """Return the statistics of the runs of each part, which is found by a run's start."""
-    parts: dict[G, list[Ended]] = defaultdict(list)
+    parts: dict[int, list[Ended]] = defaultdict(list)
     for run in runs:
-        parts[part(run[1])].append(run)
+        parts[part(_aware(run[1]))].append(run)
     return {number: stats_of(some) for number, some in parts.items()}
+
+
+def _aware(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 class Span(StrEnum):

@@ -24,8 +24,9 @@ _C = task_runs.c
 
 
 def ended(question: Question, dialect: str, *some: ColumnElement[bool]) -> Select[Any]:
-    """Select what statistics are made of, of at most ``limit`` runs."""
-    query = select(_C.task_id, _C.phase, _C.started_at, _C.finished_at).where(*conditions(question, dialect), *some)
+    """Select what statistics are made of, of at most ``limit`` runs, and the tasks if they are of ``some``."""
+    columns = [_C.phase, _C.started_at, _C.finished_at, *([_C.task_id] if some else [])]
+    query = select(*columns).where(*conditions(question, dialect), *some)
     return by_problems_of_task(query.limit(bindparam("limit", type_=Integer)), question)
 
 

@@ -16,7 +16,7 @@ _COMMANDS = {
     "exec": "exec",
     "runs": "queries",
     "show": "queries",
-    "tasks": "queries",
+    "tasks": "tasks",
     "active": "queries",
     "last": "queries",
     "watch": "watch",

@@ -3,8 +3,9 @@
 import json
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any
 
 import click
 from rich.cells import cell_len
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from taskruns.cli.durations import readable
+from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase, TaskRun
 
 STYLES = {
@@ -27,31 +29,54 @@ STYLES = {
 Column = tuple[str, str]
 """A heading and the name of what stands below it."""
 
-RUN_COLUMNS: Sequence[Column] = (
+_TASK: Column = ("TASK", "task")
+_COLUMNS: Sequence[Column] = (
     ("ATTEMPT", "attempt"),
     ("PHASE", "phase"),
-    ("STARTED (UTC)", "started"),
+    ("STARTED", "started"),
     ("DURATION", "duration"),
     ("EXIT", "exit"),
     ("SOURCE", "source"),
     ("ERROR", "error"),
 )
-TASK_COLUMNS: Sequence[Column] = (("TASK", "task"), *RUN_COLUMNS)
+_ENDED: Column = ("ENDED", "ended")
 
-_NUMBERS = frozenset({"ATTEMPT", "DURATION", "EXIT", "ACTIVE", "LAST SEEN"})
-_FOLDED = frozenset({"TASK", "SOURCE", "SUPERVISOR"})
+_NUMBERS = frozenset({"ATTEMPT", "DURATION", "EXIT", "ACTIVE", "LAST SEEN", "RATE", "MEDIAN", "RUNS"})
+_LEAST = {"TASK": 12, "SOURCE": 6, "SUPERVISOR": 10, "ERROR": 10}
+"""Cells that a column keeps where there is little room. No other gives way at all."""
+
+_NARROW = 100
+"""Columns of a terminal below which tables are written closer."""
 
 
-def print_json(run: TaskRun) -> None:
-    """Print a run as a line of JSON."""
+def columns_of(wanted: RunFilter) -> Sequence[Column]:
+    """Return the columns of a list of runs: those of problems of several tasks have their ends, by which they come."""
+    if wanted.task_id is not None:
+        return _COLUMNS
+    columns = [_ENDED if column[1] == "started" and wanted.only_problems else column for column in _COLUMNS]
+    if wanted.active:
+        columns = [column for column in columns if column[1] not in ("exit", "error")]
+    return (_TASK, *columns)
+
+
+def is_narrow() -> bool:
+    """Whether the output is a terminal with little room."""
+    return sys.stdout.isatty() and Console().width < _NARROW
+
+
+def print_json(wire: Mapping[str, Any]) -> None:
+    """Print an object as a line of JSON."""
     # What cannot hold every character gets them escaped; the object is the same.
     ascii_only = not (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
-    click.echo(json.dumps(run.to_wire(), ensure_ascii=ascii_only))
+    click.echo(json.dumps(wire, ensure_ascii=ascii_only))
 
 
-def print_table(runs: Iterable[TaskRun], columns: Sequence[Column]) -> None:
-    """Print runs as a table; where the output is not a terminal, as plain text without colour or cuts."""
-    print_rows([heading for heading, _ in columns], [_cells(run, columns) for run in runs])
+def print_table(runs: Iterable[TaskRun], columns: Sequence[Column], zone: tzinfo = UTC) -> None:
+    """Print runs as a table, with times of a zone; not on a terminal, as plain text without colour or cuts."""
+    headings = [
+        f"{heading} ({zone_name(zone)})" if name in ("started", "ended") else heading for heading, name in columns
+    ]
+    print_rows(headings, [_cells(run, columns, zone) for run in runs])
 
 
 def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
@@ -61,13 +86,16 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
     if not sys.stdout.isatty():
         _print_plain([headings, *[[cell.plain for cell in row] for row in rows]])
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
+    gap = 1 if is_narrow() else 2
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
+    for place, heading in enumerate(headings):
+        widest = max(len(heading), *(row[place].cell_len for row in rows))
         table.add_column(
             heading,
             justify="right" if heading in _NUMBERS else "left",
-            overflow="ellipsis" if heading == "ERROR" else "fold",
-            no_wrap=heading not in _FOLDED,
+            overflow="fold",
+            no_wrap=heading not in _LEAST,
+            min_width=min(_LEAST.get(heading, 0), widest),
             max_width=60 if heading == "TASK" else None,
         )
     for row in rows:
@@ -75,18 +103,21 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
     Console(highlight=False).print(table)
 
 
-def print_run(run: TaskRun) -> None:
+def zone_name(zone: tzinfo) -> str:
+    """Return what a time zone is called in a heading."""
+    return "UTC" if zone is UTC else str(zone)
+
+
+def print_run(run: TaskRun, zone: tzinfo = UTC) -> None:
     """Print all that is known of a run."""
-    finished = "" if run.finished_at is None else _moment(run.finished_at, "milliseconds")
+    name_of_zone, inferred = f" {zone_name(zone)}", " (inferred, not observed)"
+    finished = "" if run.finished_at is None else _moment(run.finished_at, zone, "milliseconds")
     facts = [
         ("task", printable(run.task_id)),
         ("attempt", str(run.attempt)),
-        ("phase", run.phase + (" (inferred, not observed)" if run.recovered else "")),
-        (
-            "started",
-            f"{_moment(run.started_at, 'milliseconds')} UTC" + (" (inferred, not observed)" * run.start_inferred),
-        ),
-        ("finished", finished and f"{finished} UTC"),
+        ("phase", run.phase + inferred * run.recovered),
+        ("started", _moment(run.started_at, zone, "milliseconds") + name_of_zone + inferred * run.start_inferred),
+        ("finished", finished and finished + name_of_zone),
         ("duration", _duration(run)),
         ("exit code", "" if run.exit_code is None else str(run.exit_code)),
         ("source", printable(run.source or "")),
@@ -112,28 +143,49 @@ def printable(text: str) -> str:
     )
 
 
-def _cells(run: TaskRun, columns: Sequence[Column]) -> list[Text]:
+def _cells(run: TaskRun, columns: Sequence[Column], zone: tzinfo) -> list[Text]:
+    moment = short_moment if is_narrow() else long_moment
     values = {
         "task": printable(run.task_id),
         "attempt": str(run.attempt),
         "phase": run.phase + (" (inferred)" if run.recovered else ""),
-        "started": _moment(run.started_at, "seconds"),
+        "started": moment(run.started_at, zone),
+        "ended": "" if run.finished_at is None else moment(run.finished_at, zone),
         "duration": _duration(run),
         "exit": "" if run.exit_code is None else str(run.exit_code),
         "source": printable(run.source or ""),
-        "error": summary(run.error),
+        "error": summary_of(run.error),
     }
-    return [Text(values[name], style=STYLES[run.phase] if name == "phase" else "") for _, name in columns]
+    return [
+        Text(
+            values[name],
+            style=STYLES[run.phase] if name == "phase" else "",
+            no_wrap=name == "error",
+            overflow="ellipsis" if name == "error" else "fold",
+        )
+        for _, name in columns
+    ]
 
 
-def summary(error: str | None) -> str:
+def summary_of(error: str | None) -> str:
     """Return the last line of an error, which says most: of a traceback, of what a command printed."""
     lines = [line for line in (error or "").splitlines() if line.strip()]
     return printable(lines[-1].strip()) if lines else ""
 
 
-def _moment(moment: datetime, precision: str) -> str:
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(" ", precision)
+def long_moment(moment: datetime, zone: tzinfo) -> str:
+    """Return a time to the second."""
+    return _moment(moment, zone, "seconds")
+
+
+def short_moment(moment: datetime, zone: tzinfo) -> str:
+    """Return a time in few characters: without the year if it is this year's, else without the seconds."""
+    is_of_this_year = moment.astimezone(zone).year == datetime.now(zone).year
+    return long_moment(moment, zone)[5:] if is_of_this_year else _moment(moment, zone, "minutes")
+
+
+def _moment(moment: datetime, zone: tzinfo, precision: str) -> str:
+    return moment.astimezone(zone).replace(tzinfo=None).isoformat(" ", precision)
 
 
 def _duration(run: TaskRun) -> str:

@@ -11,7 +11,8 @@ from rich.text import Text
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import Duration, readable
-from taskruns.cli.output import TASK_COLUMNS, print_json, print_rows, print_table, printable
+from taskruns.cli.output import columns_of, print_json, print_rows, print_table, printable
+from taskruns.filters import RunFilter
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.times import rfc3339
 
@@ -101,8 +102,8 @@ def recover_command(stale_after: float, unsupervised: float | None, dry_run: boo
         runs = history.recover(stale_after=stale_after, unsupervised_after=unsupervised, dry_run=dry_run)
     if as_json:
         for run in runs:
-            print_json(run)
+            print_json(run.to_wire())
         return
-    print_table(runs, TASK_COLUMNS)
+    print_table(runs, columns_of(RunFilter()))
     many = f"{len(runs)} run{'s' * (len(runs) != 1)}"
     complain(f"{many} would be closed" if dry_run else f"{many} closed")

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -17,11 +17,12 @@ import click
 from taskruns.bulk import Row
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
+from taskruns.cli.filters import TaskPattern, filter_options
 from taskruns.cli.lines import MAX_LINE, Rejects, refuse_same_file
 from taskruns.cli.loading import Chunk, Loaded, load_all
 from taskruns.cli.output import printable
 from taskruns.cli.progress import Bar, progress
-from taskruns.cli.task_id import TaskId
+from taskruns.filters import RunFilter, RunOrder
 from taskruns.history import TaskRunHistory
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.retention import Retention
@@ -61,20 +62,23 @@ _CSV = (
 @click.command("export")
 @click.option("--csv", "as_csv", is_flag=True, help="Write CSV with a header instead.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Where to; else to standard output.")
-@click.option("--task", type=TaskId(), help="Only the runs of this task.")
+@click.option("--task", type=TaskPattern(), metavar="TASK|GLOB", help="Only the runs of this task, or of these.")
+@filter_options
 @db_option
-def export_command(as_csv: bool, output: Path | None, task: str | None) -> int:
-    """Write all runs as JSON lines, in the order of task and attempt.
+def export_command(wanted: RunFilter, zone: tzinfo, as_csv: bool, output: Path | None) -> int:  # noqa: ARG001  (shown is UTC)
+    """Write runs as JSON lines, all of them unless told otherwise.
 
+    They come in the order of task and attempt; with a filter of anything but one task, in the order they started.
     `taskruns import` reads them. A FILE is complete or not there at all.
     """
     line_of: Callable[[TaskRun], str] = _csv_line if as_csv else _json_line
     on_terminal = output is None and sys.stdout.isatty()
     with database().reading() as history:
-        runs = history.all_runs(task)
+        is_plain = wanted == RunFilter(wanted.task_id)
+        runs = history.all_runs(wanted.task_id) if is_plain else history.iter_runs(wanted, order=RunOrder.OLDEST)
         first = list(islice(runs, 1))
-        if task is not None and not first:
-            complain(f"no run of {printable(task)}")
+        if wanted.task_id is not None and not first and history.last_run(wanted.task_id) is None:
+            complain(f"no run of {printable(wanted.task_id)}")
             return 1
         with _target(output) as file, progress(hidden=on_terminal) as bar:
             if as_csv:

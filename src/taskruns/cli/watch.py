@@ -3,7 +3,6 @@
 import select
 import sys
 import time
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 
 import click
@@ -14,52 +13,22 @@ from rich.text import Text
 from taskruns.cli import advice, complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import readable
-from taskruns.cli.output import STYLES, print_json, printable, summary
-from taskruns.cli.task_id import TaskId
+from taskruns.cli.filters import phase_option, phases_of, problems_option, task_and_glob, task_argument, tz_option
+from taskruns.cli.output import STYLES, print_json, printable, summary_of
 from taskruns.filters import RunFilter
 from taskruns.following import MIN_INTERVAL, Following
-from taskruns.globs import is_glob
 from taskruns.history import TaskRunHistory
-from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_phase
+from taskruns.model import TaskPhase, TaskRun
 from taskruns.retrying import is_lost, is_refusal
-from taskruns.windows import parse_zone
 
 _WIDEST = 36
 """Cells that a column of names grows to; a longer name takes the room it needs."""
 
 
-def _phases(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[TaskPhase]:
-    try:
-        return [checked_phase(name.strip()) for value in values for name in value.split(",")]
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _zone(_context: click.Context, _parameter: click.Parameter, value: str) -> tzinfo:
-    try:
-        return parse_zone(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _wanted(_context: click.Context, _parameter: click.Parameter, value: str | None) -> RunFilter:
-    try:
-        return RunFilter(task_glob=value) if value is not None and is_glob(value) else RunFilter(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
 @click.command("watch")
-@click.argument("task", type=TaskId(), callback=_wanted, required=False)
-@click.option(
-    "--phase",
-    "phases",
-    multiple=True,
-    metavar="PHASES",
-    callback=_phases,
-    help=f"Only these, separated by commas: {', '.join(TaskPhase)}. What needs a look is --problems.",
-)
-@click.option("--problems", is_flag=True, help="Only those that end as failed, timeout or exhausted.")
+@task_argument
+@phase_option
+@problems_option
 @click.option(
     "--interval",
     type=click.FloatRange(MIN_INTERVAL),
@@ -68,28 +37,25 @@ def _wanted(_context: click.Context, _parameter: click.Parameter, value: str | N
     metavar="SECONDS",
     help="Look so often.",
 )
-@click.option(
-    "--tz", "zone", default="UTC", show_default=True, metavar="NAME", callback=_zone, help="The time zone of the times."
-)
+@tz_option
 @click.option("--json", "as_json", is_flag=True, help="Print the run as a line of JSON for each event.")
 @db_option
 def watch_command(
-    task: RunFilter, phases: list[TaskPhase], problems: bool, interval: float, zone: tzinfo, as_json: bool
+    task: str | None, phases: list[TaskPhase], problems: bool, interval: float, zone: tzinfo, as_json: bool
 ) -> None:
     """Print runs as they start and as they end, of TASK or of all tasks.
 
     TASK is an id, or a pattern such as 'backup-*'. First come the runs that are active.
     """
-    if problems:
-        phases = [*phases, *PROBLEMS]
-    following = Following(replace(task, phases=phases or None), interval=interval)
+    wanted = RunFilter(*task_and_glob(task), phases=phases_of(phases, problems=problems))
+    following = Following(wanted, interval=interval)
     lines = _Lines(zone)
     with database().reading() as history:
         steps = _Steps(history, following)
         while True:
             for run in steps.take():
                 if as_json:
-                    print_json(run)
+                    print_json(run.to_wire())
                 else:
                     lines.print(run)
             if not following.is_behind:
@@ -136,7 +102,7 @@ class _Lines:
     def print(self, run: TaskRun) -> None:
         """Print the start of a run that is active, or the end of another one."""
         moment = (run.finished_at or run.started_at).astimezone(self._zone)
-        line, error = Text("  ").join(self._cells(run)), summary(run.error)
+        line, error = Text("  ").join(self._cells(run)), summary_of(run.error)
         if self._terminal is None:
             time_of = moment.isoformat(timespec="seconds").replace("+00:00", "Z")
             click.echo(f"{time_of}  {line.plain}  {error}".rstrip())
@@ -146,11 +112,11 @@ class _Lines:
             self._day = day
             self._terminal.print(Text(day, style="bold"))
         line = Text(f"{moment:%H:%M:%S}  ") + line
-        line.rstrip()
         width = self._terminal.width
         if error and cell_len(line.plain) + cell_len(error) + 2 <= width:
             line.append(f"  {error}")
             error = ""
+        line.rstrip()
         self._terminal.print(line)
         if error:
             below = Text(" " * 10 + error)
