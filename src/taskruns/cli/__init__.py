@@ -19,6 +19,7 @@ _COMMANDS = {
     "tasks": "tasks",
     "active": "queries",
     "last": "queries",
+    "watch": "watch",
     "ingest": "ingest",
     "replay": "replay",
     "export": "transfer",
