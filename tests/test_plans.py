@@ -98,7 +98,7 @@ def plan(connection: Connection, query: Select[Any] | str) -> str:
     if not isinstance(query, str):
         query = str(query.compile(connection, compile_kwargs={"literal_binds": True}))
     rows = connection.exec_driver_sql(f"{keyword} {query}".replace("%", "%%"))
-    return "\n".join(" ".join(map(str, row)) for row in rows)
+    return "\n".join(" ".join([*map(str, row), ""]) for row in rows)
 
 
 def explained(connection: Connection, wanted: RunFilter, order: RunOrder, *, is_following: bool) -> str:
@@ -119,7 +119,7 @@ def plan_of_step(connection: Connection, wanted: RunFilter, *, are_active: bool)
 def prepared_plan(connection: Connection, query: Select[Any], values: dict[str, Any]) -> str:
     statement = Prepared(query, connection.dialect)
     statement.text = f"{'EXPLAIN QUERY PLAN' if connection.dialect.name == 'sqlite' else 'EXPLAIN'} {statement.text}"
-    return "\n".join(" ".join(map(str, row)) for row in statement.fetch(connection, values))
+    return "\n".join(" ".join([*map(str, row), ""]) for row in statement.fetch(connection, values))
 
 
 def asked(name: str) -> str:
