@@ -19,6 +19,7 @@ _COMMANDS = {
     "tasks": "tasks",
     "active": "queries",
     "last": "queries",
+    "stats": "stats",
     "ingest": "ingest",
     "replay": "replay",
     "export": "transfer",
