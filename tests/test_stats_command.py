@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from commands import Home, Shell
+from servers import Databases
 from test_output import on_terminal
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory
@@ -46,15 +47,27 @@ def run_of(attempt: int, *, task: str = "backup", hours: int = 5) -> TaskRun:
     )
 
 
-@pytest.fixture
-def database(sqlite: str) -> str:
+def filled(url: str) -> str:
     """Runs of ten days, one that is active, and one of another task."""
-    with TaskRunHistory.connect(sqlite) as history:
-        history.upgrade()
+    with TaskRunHistory.connect(url) as history:
         runs = [run_of(attempt) for attempt in range(1, 49) if attempt not in (20, 21, 22, 23, 24)]
         active = TaskRun("backup", 49, TaskPhase.RUNNING, START + timedelta(hours=245))
         history.add_runs([*runs, active, run_of(1, task="other")])
-    return sqlite
+    return url
+
+
+@pytest.fixture
+def database(sqlite: str) -> str:
+    return filled(sqlite)
+
+
+@pytest.fixture(params=[0, 5000], ids=["sorted-there", "few"])
+def any_database(
+    request: pytest.FixtureRequest, databases: Databases, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Each of the databases, with more runs than are looked at here, or not."""
+    monkeypatch.setattr("taskruns.reading.FEW", request.param)
+    return filled(databases.migrated(kind))
 
 
 def moment(text: str) -> datetime:
@@ -92,24 +105,24 @@ def exported(shell: Shell, database: str, task: str = "backup") -> list[dict[str
     return [run for run in runs if run.get("taskId") == task]
 
 
-def test_json_is_one_object_equal_to_a_plain_computation(shell: Shell, database: str) -> None:
-    runs = exported(shell, database)
-    answer = shell("stats", "backup", "--json", "--db", database)
+def test_json_is_one_object_equal_to_a_plain_computation(shell: Shell, any_database: str) -> None:
+    runs = exported(shell, any_database)
+    answer = shell("stats", "backup", "--json", "--db", any_database)
     assert (answer.status, answer.err) == (0, "")
     assert json.loads(answer.out) == {"taskId": "backup"} | computed(runs)
 
 
 @pytest.mark.parametrize(("by", "digits"), [("day", 10), ("hour", 13)])
-def test_parts_are_days_or_hours_of_the_time_zone(shell: Shell, database: str, by: str, digits: int) -> None:
+def test_parts_are_days_or_hours_of_the_time_zone(shell: Shell, any_database: str, by: str, digits: int) -> None:
     def start(run: dict[str, Any]) -> str:
         local = moment(run["startedAt"]).astimezone(BERLIN)
         return local.replace(hour=0 if by == "day" else local.hour, minute=0, second=0, microsecond=0).isoformat()
 
-    runs = sorted(exported(shell, database), key=lambda run: str(run["startedAt"]))
+    runs = sorted(exported(shell, any_database), key=lambda run: str(run["startedAt"]))
     expected = [{"start": key} | computed(list(some)) for key, some in groupby(runs, start)]
-    answer = shell("stats", "backup", "--by", by, "--tz", "Europe/Berlin", "--json", "--db", database)
+    answer = shell("stats", "backup", "--by", by, "--tz", "Europe/Berlin", "--json", "--db", any_database)
     assert json.loads(answer.out)[f"by{by.capitalize()}"] == expected
-    table = shell("stats", "backup", "--by", by, "--tz", "Europe/Berlin", "--db", database).out.split("\n\n")[1]
+    table = shell("stats", "backup", "--by", by, "--tz", "Europe/Berlin", "--db", any_database).out.split("\n\n")[1]
     starts = [line[:digits] for line in table.splitlines()[1:]]
     assert starts == [part["start"].replace("T", " ")[:digits] for part in expected]
 
@@ -152,7 +165,14 @@ def test_unknown_task_is_said(shell: Shell, database: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--by", "week"), ("--since", "soon"), ("--tz", "Mars"), ("--since", "1d", "--started", "1d"), ("a", "b")],
+    [
+        ("--since", "0001-01-01T00:00Z", "--tz", "America/New_York"),
+        ("--by", "week"),
+        ("--since", "soon"),
+        ("--tz", "Mars"),
+        ("--since", "1d", "--started", "1d"),
+        ("a", "b"),
+    ],
 )
 def test_wrong_usage_is_one_line(shell: Shell, database: str, options: tuple[str, ...]) -> None:
     answer = shell("stats", *options, "--db", database)
@@ -161,7 +181,6 @@ def test_wrong_usage_is_one_line(shell: Shell, database: str, options: tuple[str
 
 def test_text_in_a_pipe(shell: Shell, sqlite: str) -> None:
     with TaskRunHistory.connect(sqlite) as history:
-        history.upgrade()
         history.add_runs([run_of(attempt) for attempt in (4, 5, 6, 9)])
     answer = shell("stats", "backup", "--by", "day", "--db", sqlite)
     ago = re.compile(r", .+ ago$", re.MULTILINE)
