@@ -102,13 +102,14 @@ def percentiles(
         .subquery("ranked")
     )
 
-    def at(percent: int) -> ColumnElement[int]:
-        rank = _divided(ranked.c.size * _constant(percent) + _constant(99), 100, dialect)
-        return func.min(case((ranked.c.place == rank, ranked.c.span)))
-
-    return select(ranked.c.part, *map(at, percents)).group_by(ranked.c.part)
+    ranks = [_divided(ranked.c.size * _constant(percent) + _constant(99), 100, dialect) for percent in percents]
+    found = [func.min(case((ranked.c.place == rank, ranked.c.span))) for rank in ranks]
+    return select(ranked.c.part, *found).where(ranked.c.place.in_(ranks)).group_by(ranked.c.part)
 
 
 def _runs(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Subquery:
     query = select(part.label("part"), _C.phase, duration(dialect).label("span"), _C.finished_at)
-    return by_problems_of_task(query.where(*conditions(question, dialect), *some), question).subquery("run")
+    query = by_problems_of_task(query.where(*conditions(question, dialect), *some), question)
+    if dialect == "sqlite":  # which else computes a duration anew wherever it is named
+        query = query.limit(literal_column("-1"))
+    return query.subquery("run")

@@ -20,6 +20,7 @@ _COMMANDS = {
     "active": "queries",
     "last": "queries",
     "watch": "watch",
+    "stats": "stats",
     "ingest": "ingest",
     "replay": "replay",
     "export": "transfer",
