@@ -230,7 +230,7 @@ def test_plots_fit_a_terminal(home: Home, database: str, columns: int) -> None:
 
 
 def days(*offsets: int, runs: int = 1, seconds: int = 1) -> list[StatsPart]:
-    spans = DurationStats.of([seconds * 1_000_000] * runs)
+    spans = DurationStats.of([timedelta(seconds=seconds)] * runs)
     stats = RunStats({TaskPhase.SUCCEEDED: runs}, spans)
     return [StatsPart(datetime(2026, 1, 5, tzinfo=UTC) + timedelta(days=offset), stats) for offset in offsets]
 

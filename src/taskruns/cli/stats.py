@@ -24,6 +24,9 @@ from taskruns.windows import Window
 _BY_HOUR = timedelta(days=3)
 """The longest time that is plotted by the hour, unless told otherwise."""
 
+_PLOTTED = 200_000
+"""The most runs that are plotted unless told by what: it takes as long again as the rest."""
+
 
 def _span(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Span | None:
     return None if value is None else Span(value)
@@ -46,13 +49,16 @@ def stats_command(wanted: RunFilter, zone: tzinfo, by: Span | None, as_json: boo
     can_plot = not as_json and sys.stdout.isatty() and holds_unicode()
     is_plotted = can_plot and find_spec("plotille") is not None
     with database().reading() as history:
-        span = by or (_fitting(wanted.started) if is_plotted else None)
-        stats = history.stats(wanted, by=span, zone=zone)
+        stats = history.stats(wanted, by=by, zone=zone)
         if stats.runs == 0 and is_unknown(history, wanted):
             return unknown(str(wanted.task_id))
-        if is_plotted and by is None and span is Span.DAY and _is_short(stats.parts):
-            span = Span.HOUR
-            stats = history.stats(wanted, by=span, zone=zone)
+        span, parts = by, stats.parts
+        if is_plotted and by is None and stats.runs <= _PLOTTED:
+            span = _fitting(wanted.started)
+            parts = history.stats(wanted, by=span, zone=zone).parts
+            if span is Span.DAY and _is_short(parts):
+                span = Span.HOUR
+                parts = history.stats(wanted, by=span, zone=zone).parts
     if as_json:
         print_json(_wire(wanted, stats, by))
         return 0
@@ -60,8 +66,8 @@ def stats_command(wanted: RunFilter, zone: tzinfo, by: Span | None, as_json: boo
     if by is not None and stats.parts:
         click.echo()
         _print_parts(stats.parts, by, zone)
-    if can_plot and (len(stats.parts) > 1 or (stats.runs and not is_plotted)):
-        _print_plots(stats.parts, span if is_plotted else None, wanted.started)
+    if can_plot and (len(parts) > 1 or (stats.runs and not is_plotted)):
+        _print_plots(parts, span if is_plotted else None, wanted.started)
     return 0
 
 
