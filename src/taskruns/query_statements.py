@@ -302,8 +302,17 @@ def some_of_range(has_end: bool) -> Select[Any]:  # noqa: FBT001  (by place, as 
     within = [_C.task_id >= _bind("first_task", _C.task_id)]
     if has_end:
         within.append(_C.task_id < _bind("no_task", _C.task_id))
+    return _some(within)
+
+
+def some_started(question: Question, dialect: str) -> Select[Any]:
+    """Select how many runs started in a window, counting up to ``most``."""
+    return _some(conditions(question, dialect))
+
+
+def _some(where: Sequence[ColumnElement[bool]]) -> Select[Any]:
     some: Select[Any] = (
-        select(literal_column("1")).select_from(_T).where(*within).limit(bindparam("most", type_=Integer))
+        select(literal_column("1")).select_from(_T).where(*where).limit(bindparam("most", type_=Integer))
     )
     return select(func.count()).select_from(some.subquery("some"))
 

@@ -9,6 +9,7 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Select,
+    String,
     Subquery,
     bindparam,
     case,
@@ -30,9 +31,10 @@ def ended(question: Question, dialect: str, *some: ColumnElement[bool]) -> Selec
     return by_problems_of_task(query.limit(bindparam("limit", type_=Integer)), question)
 
 
-def of_tasks(task_ids: Sequence[str]) -> ColumnElement[bool]:
-    """Return whether a run is of one of some tasks."""
-    return _C.task_id.in_(task_ids)
+def of_tasks(task_ids: Sequence[str], *, by_key: bool) -> ColumnElement[bool]:
+    """Return whether a run is of one of some tasks. Unless ``by_key`` SQLite must not find them by the key."""
+    task_id = _C.task_id if by_key else literal_column("+task_runs.task_id", String)
+    return task_id.in_(task_ids)
 
 
 Segments = tuple[tuple[datetime | None, int], ...]

@@ -104,7 +104,7 @@ def _summarised(connection: Connection, latest: Sequence[TaskRun], window: Windo
     outcomes: dict[str, list[tuple[int, TaskPhase]]] = {run.task_id: [] for run in latest}
     for task_id, attempt, phase in connection.execute(query_statements.outcomes(latest, OUTCOMES)):
         outcomes[task_id].append((attempt, phase))
-    stats = reading.stats_of_tasks(connection, RunFilter(started=window), list(outcomes))
+    stats = reading.stats_of_tasks(connection, RunFilter(started=window), latest)
     for run in latest:
         newest = sorted(outcomes[run.task_id], reverse=True)
         yield TaskSummary(
