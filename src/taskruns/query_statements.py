@@ -329,15 +329,10 @@ def runs_of_following_tasks(is_following: bool) -> Select[Any]:  # noqa: FBT001 
     return query.where(_C.task_id > _bind("after", _C.task_id)) if is_following else query
 
 
-def outcomes(latest: Sequence[TaskRun], most: int) -> Select[Any]:
-    """Select the attempts and phases of the newest runs of some tasks, of which the latest are given."""
-    newest, other = _T.alias("newest"), _T.alias("other")
-    floor = select(other.c.attempt).where(other.c.task_id == newest.c.task_id).order_by(other.c.attempt.desc())
-    floor_of = floor.limit(1).offset(most - 1).correlate(newest).scalar_subquery()
-    keys = or_(*(and_(newest.c.task_id == run.task_id, newest.c.attempt == run.attempt) for run in latest))
-    task = select(newest.c.task_id, func.coalesce(floor_of, 0).label("floor")).where(keys).subquery("task")
-    some = and_(_C.task_id == task.c.task_id, _C.attempt >= task.c.floor)
-    return select(_C.task_id, _C.attempt, _C.phase).select_from(task.join(_T, some))
+def newest_phases() -> Select[Any]:
+    """Select the phases of a task's newest runs, newest first."""
+    query = select(_C.phase).where(_C.task_id == _bind("task", _C.task_id))
+    return query.order_by(_C.attempt.desc()).limit(_LIMIT)
 
 
 def tasks(walk: bool, lateral: bool, start: str | None) -> Select[Any]:  # noqa: FBT001  (by place, see runs)

@@ -11,8 +11,8 @@ from sqlalchemy import ColumnElement, Connection, Dialect
 
 from taskruns import query_statements, statements, stats_statements
 from taskruns.filters import RunFilter, RunOrder
-from taskruns.model import MAX_ATTEMPT, TaskRun, checked_name
-from taskruns.prepared import ended_of_rows, prepared, runs_of_rows
+from taskruns.model import MAX_ATTEMPT, TaskPhase, TaskRun, checked_name
+from taskruns.prepared import PHASES, ended_of_rows, prepared, runs_of_rows
 from taskruns.query_statements import Question, question_of
 from taskruns.stats import PERCENTS, DurationStats, Ended, RunStats, Span, StatsPart, last_ends, stats_by, stats_of
 from taskruns.times import parse_time, rfc3339
@@ -24,7 +24,7 @@ FEW = 5_000
 """Runs that are sorted rather than found in order; and that statistics are made of here, not by the database."""
 
 MANY = 50_000
-"""Runs that statistics are made of here where that saves SQLite another reading of many more."""
+"""Runs that the statistics of several tasks are made of here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,13 @@ def _fetched(
     by_key = _is_small(connection, question, values)
     statement = prepared(connection.dialect, query_statements.runs, question, order, after is not None, by_key, dialect)
     return runs_of_rows(statement.fetch(connection, {**values, "limit": limit}))
+
+
+def newest_phases(connection: Connection, task_id: str, most: int) -> tuple[TaskPhase, ...]:
+    """Return the phases of a task's newest runs, newest first."""
+    statement = prepared(connection.dialect, query_statements.newest_phases)
+    rows = statement.fetch(connection, {"task": task_id, "limit": most})
+    return tuple([PHASES[phase] for (phase,) in rows])
 
 
 def get_run(connection: Connection, task_id: str, attempt: int) -> TaskRun | None:
@@ -185,17 +192,18 @@ def stats(connection: Connection, wanted: RunFilter, *, by: Span | None, zone: t
 def stats_of_tasks(connection: Connection, wanted: RunFilter, latest: Sequence[TaskRun]) -> dict[str, RunStats]:
     """Return the statistics of each of some tasks, given by their latest runs, of those that have wanted runs."""
     dialect = connection.dialect.name
+    by_key = True
+    if dialect == "sqlite" and sum(run.attempt for run in latest) > MANY:
+        # It has no statistics by which to leave the key for the window; and of many runs, once through is enough.
+        by_key = not _is_short(connection, wanted)
+        if by_key:
+            each = {run.task_id: replace(wanted, task_id=run.task_id) for run in latest}
+            return {task_id: stats(connection, one, by=None, zone=UTC, few=MANY) for task_id, one in each.items()}
     question, values = question_of(wanted, dialect)
-    by_key = not (dialect == "sqlite" and _is_short(connection, wanted, latest))
     some = stats_statements.of_tasks([run.task_id for run in latest], by_key=by_key)
     query = stats_statements.ended(question, dialect, some)
-    few = FEW if by_key else MANY
-    rows = connection.execute(query, {**values, "limit": few + 1}).all()
-    if len(rows) > few and dialect == "sqlite":
-        # The key gives the runs of a task side by side, and to read them once is quicker than to have them sorted.
-        each = {run.task_id: replace(wanted, task_id=run.task_id) for run in latest}
-        return {task_id: stats(connection, of_task, by=None, zone=UTC, few=MANY) for task_id, of_task in each.items()}
-    if len(rows) > few:
+    rows = connection.execute(query, {**values, "limit": MANY + 1}).all()
+    if len(rows) > MANY:
         return _sorted_there(connection, question, values, stats_statements.TASK, some)
     runs: dict[str, list[Ended]] = {}
     for *ended, task_id in rows:
@@ -248,18 +256,11 @@ def _is_small(connection: Connection, question: Question, values: Mapping[str, A
     return int(statement.fetch(connection, {**values, "most": FEW + 1})[0][0]) <= FEW
 
 
-def _is_short(connection: Connection, wanted: RunFilter, latest: Sequence[TaskRun]) -> bool:
-    """Whether the runs that started in a window are far fewer than those of some tasks.
-
-    SQLite has no statistics to see it by, and would always take the key. A run that is found by its start costs it
-    as much as ten or more that stand side by side.
-    """
-    most = min(MANY, sum(run.attempt for run in latest) // 10)
-    if wanted.started.since is None or most <= FEW // 10:
-        return False
+def _is_short(connection: Connection, wanted: RunFilter) -> bool:
+    """Whether so few runs started in a window that it is quicker to go through them than through those of some tasks."""
     question, values = question_of(RunFilter(started=wanted.started), connection.dialect.name)
     statement = prepared(connection.dialect, query_statements.some_started, question, connection.dialect.name)
-    return int(statement.fetch(connection, {**values, "most": most + 1})[0][0]) <= most
+    return int(statement.fetch(connection, {**values, "most": MANY + 1})[0][0]) <= MANY
 
 
 def check_limit(limit: int) -> None:

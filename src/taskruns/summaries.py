@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from taskruns import query_statements, reading
+from taskruns import reading
 from taskruns.filters import Phases, RunFilter
 from taskruns.globs import Glob, upper_bound
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun
@@ -84,6 +84,11 @@ def _latest_runs(
     connection: Connection, glob: Glob | None, after: str | None, *, at_once: int
 ) -> Iterator[list[TaskRun]]:
     """Yield the latest runs of tasks that may match, some at a time."""
+    if glob is not None and glob.literal is not None:
+        run = reading.last_run(connection, RunFilter(glob.literal))
+        if run is not None and (after is None or after < run.task_id):
+            yield [run]
+        return
     first = glob.prefix if glob is not None and glob.prefix else None
     end = None if first is None else upper_bound(first)
     if first is not None and after is not None and after >= first:
@@ -101,17 +106,13 @@ def _is_stale(connection: Connection, latest: TaskRun, before: datetime) -> bool
 
 
 def _summarised(connection: Connection, latest: Sequence[TaskRun], window: Window) -> Iterator[TaskSummary]:
-    outcomes: dict[str, list[tuple[int, TaskPhase]]] = {run.task_id: [] for run in latest}
-    for task_id, attempt, phase in connection.execute(query_statements.outcomes(latest, OUTCOMES)):
-        outcomes[task_id].append((attempt, phase))
     stats = reading.stats_of_tasks(connection, RunFilter(started=window), latest)
     for run in latest:
-        newest = sorted(outcomes[run.task_id], reverse=True)
         yield TaskSummary(
             run,
             _last(connection, run, {TaskPhase.SUCCEEDED}),
             _last(connection, run, PROBLEMS),
-            tuple(phase for _, phase in newest),
+            reading.newest_phases(connection, run.task_id, OUTCOMES),
             stats.get(run.task_id, RunStats()),
         )
 

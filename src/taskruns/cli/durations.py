@@ -51,3 +51,16 @@ def readable(span: timedelta) -> str:
     if days:
         return f"{days}d {hours:02}h"
     return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {seconds:02}s"
+
+
+_UNITS = (("s", 1, 60), ("m", 60, 60), ("h", 3600, 48), ("d", 86400, 1000))
+"""Each with its seconds, and with how many of it are told in the next, larger one."""
+
+
+def compact(span: timedelta) -> str:
+    """Return a span in one unit, rounded down: ``12s``, ``3m``, ``26h``, ``5d``, ``3y``; what is negative is ``0s``."""
+    seconds = max(0, span // timedelta(seconds=1))
+    for unit, size, most in _UNITS:
+        if seconds < most * size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds // (365 * 86400)}y"

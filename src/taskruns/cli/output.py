@@ -5,7 +5,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.cells import cell_len
@@ -30,6 +30,7 @@ Column = tuple[str, str]
 """A heading and the name of what stands below it."""
 
 _TASK: Column = ("TASK", "task")
+_ERROR: Column = ("ERROR", "error")
 _COLUMNS: Sequence[Column] = (
     ("ATTEMPT", "attempt"),
     ("PHASE", "phase"),
@@ -37,15 +38,20 @@ _COLUMNS: Sequence[Column] = (
     ("DURATION", "duration"),
     ("EXIT", "exit"),
     ("SOURCE", "source"),
-    ("ERROR", "error"),
+    _ERROR,
 )
 _ENDED: Column = ("ENDED", "ended")
 
-_NUMBERS = frozenset({"ATTEMPT", "DURATION", "EXIT", "ACTIVE", "LAST SEEN", "RATE", "MEDIAN", "RUNS"}) | {
-    *("PROBLEMS", "SUCCESS", "P50", "P95")
+_NUMBERS = frozenset({"ATTEMPT", "#", "DURATION", "EXIT", "ACTIVE", "LAST SEEN", "RATE", "MEDIAN", "RUNS"}) | {
+    *("AGO", "SUCCESS", "PROBLEM", "PROBLEMS", "P50", "P95")
 }
-_LEAST = {"TASK": 12, "SOURCE": 6, "SUPERVISOR": 10, "ERROR": 10}
-"""Cells that a column keeps where there is little room. No other gives way at all."""
+_NEWEST_RIGHT = "RECENT"
+"""The column that is aligned to the right and loses its beginning."""
+_GIVING_WAY = (
+    *(("ERROR", 40), ("TASK", 60), ("SOURCE", 16), ("ERROR", 24), ("TASK", 32), ("SUPERVISOR", 10), ("SOURCE", 10)),
+    *(("TASK", 24), ("RECENT", 12), ("TASK", 20), ("ERROR", 12), ("TASK", 12), ("SOURCE", 6), ("ERROR", 6)),
+)
+"""The columns that become narrower where there is little room, in this order, to so many cells; no other does."""
 
 _NARROW = 100
 """Columns of a terminal below which tables are written closer."""
@@ -78,35 +84,69 @@ def print_json(wire: Mapping[str, Any]) -> None:
 
 
 def print_table(runs: Iterable[TaskRun], columns: Sequence[Column], zone: tzinfo = UTC) -> None:
-    """Print runs as a table, with times of a zone; not on a terminal, as plain text without colour or cuts."""
-    headings = [
-        f"{heading} ({zone_name(zone)})" if name in ("started", "ended") else heading for heading, name in columns
-    ]
-    print_rows(headings, [_cells(run, columns, zone) for run in runs])
+    """Print runs as a table, with times of a zone; not on a terminal, as plain text without colour or cuts.
+
+    On a narrow terminal an error stands below its run.
+    """
+    runs, zone_called, notes = list(runs), zone_name(zone), []
+    if is_narrow():
+        if _ERROR in columns:
+            notes = [summary_of(run.error) for run in runs]
+        columns = [column for column in columns if column != _ERROR]
+        if _TASK in columns:
+            columns = [("#", name) if name == "attempt" else (heading, name) for heading, name in columns]
+        zone_called = zone_called.rpartition("/")[2]
+    headings = [f"{heading} ({zone_called})" if name in ("started", "ended") else heading for heading, name in columns]
+    print_rows(headings, [_cells(run, columns, zone) for run in runs], notes)
 
 
-def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
-    """Print a table of anything, likewise."""
+def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]], notes: Sequence[str] = ()) -> None:
+    """Print a table of anything, likewise; on a terminal, a note below each row that has one."""
     if not rows:
         return
     if not sys.stdout.isatty():
         _print_plain([headings, *[[cell.plain for cell in row] for row in rows]])
         return
+    console = Console(highlight=False)
     gap = 1 if is_narrow() else 2
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
-    for place, heading in enumerate(headings):
-        widest = max(len(heading), *(row[place].cell_len for row in rows))
-        table.add_column(
-            heading,
-            justify="right" if heading in _NUMBERS else "left",
-            overflow="fold",
-            no_wrap=heading not in _LEAST,
-            min_width=min(_LEAST.get(heading, 0), widest),
-            max_width=60 if heading == "TASK" else None,
-        )
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+    widths = _fitting(headings, rows, console.width - gap * (len(headings) - 1))
+    table = _table(headings, widths, gap)
+    table.add_row(*(Text(heading, style="bold") for heading in headings))
+    for place, row in enumerate(rows):
+        table.add_row(*(_cut(cell, *column) for cell, *column in zip(row, headings, widths, strict=True)))
+        if notes and notes[place]:
+            console.print(table)
+            console.print(Text(f"  {notes[place]}", style="dim", no_wrap=True, overflow="ellipsis"))
+            table = _table(headings, widths, gap)
+    if table.row_count:
+        console.print(table)
+
+
+def _fitting(headings: Sequence[str], rows: Sequence[Sequence[Text]], room: int) -> list[int]:
+    """Return the widths of the columns, so that they fit where they can."""
+    columns = zip(*rows, strict=True)
+    widths = [
+        max(cell_len(heading), *(cell.cell_len for cell in column))
+        for heading, column in zip(headings, columns, strict=True)
+    ]
+    for heading, least in _GIVING_WAY:
+        if heading in headings:
+            place = headings.index(heading)
+            spare = max(0, widths[place] - max(least, cell_len(heading)))
+            widths[place] -= min(spare, max(0, sum(widths) - room))
+    return widths
+
+
+def _cut(cell: Text, heading: str, width: int) -> Text:
+    return cell[-width:] if heading == _NEWEST_RIGHT else cell
+
+
+def _table(headings: Sequence[str], widths: Sequence[int], gap: int) -> Table:
+    table = Table.grid(padding=(0, gap, 0, 0), pad_edge=False)
+    for heading, width in zip(headings, widths, strict=True):
+        justify: Literal["left", "right"] = "right" if heading in (*_NUMBERS, _NEWEST_RIGHT) else "left"
+        table.add_column(justify=justify, width=width, overflow="fold")
+    return table
 
 
 def zone_name(zone: tzinfo) -> str:
@@ -150,24 +190,26 @@ def printable(text: str) -> str:
 
 
 def _cells(run: TaskRun, columns: Sequence[Column], zone: tzinfo) -> list[Text]:
-    moment = short_moment if is_narrow() else long_moment
+    narrow = is_narrow()
+    moment = short_moment if narrow else long_moment
     values = {
         "task": printable(run.task_id),
         "attempt": str(run.attempt),
-        "phase": run.phase + (" (inferred)" if run.recovered else ""),
+        "phase": run.phase + (("?" if narrow else " (inferred)") if run.recovered else ""),
         "started": moment(run.started_at, zone),
         "ended": "" if run.finished_at is None else moment(run.finished_at, zone),
-        "duration": _duration(run),
+        "duration": _duration(run).removesuffix(" so far" if narrow else ""),
         "exit": "" if run.exit_code is None else str(run.exit_code),
         "source": printable(run.source or ""),
         "error": summary_of(run.error),
     }
+    cut = ("error", "source") if narrow else ("error",)
     return [
         Text(
             values[name],
             style=STYLES[run.phase] if name == "phase" else "",
-            no_wrap=name == "error",
-            overflow="ellipsis" if name == "error" else "fold",
+            no_wrap=name in cut,
+            overflow="ellipsis" if name in cut else "fold",
         )
         for _, name in columns
     ]

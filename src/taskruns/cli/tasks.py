@@ -1,43 +1,160 @@
 """``taskruns tasks``."""
 
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import islice
 
 import click
+from rich.text import Text
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.output import columns_of, print_json, print_table, printable
+from taskruns.cli.durations import Duration, compact, readable
+from taskruns.cli.filters import phase_option, phases_of, problems_option, task_argument, tz_option, window_of
+from taskruns.cli.output import STYLES, long_moment, print_json, print_rows, printable, zone_name
 from taskruns.cli.queries import ROWS, json_option, limit_option
 from taskruns.cli.task_id import TaskId
-from taskruns.filters import RunFilter
-from taskruns.history import TaskRunHistory
-from taskruns.model import TaskRun
-from taskruns.reader import PAGE
+from taskruns.globs import Glob
+from taskruns.model import TaskPhase, TaskRun
+from taskruns.reader import Reader
+from taskruns.summaries import TaskSummary
+
+_PAGE = 100
+"""Tasks that are looked at together."""
+
+_MARKS = {
+    TaskPhase.SUCCEEDED: ".",
+    TaskPhase.FAILED: "F",
+    TaskPhase.TIMEOUT: "T",
+    TaskPhase.EXHAUSTED: "X",
+    TaskPhase.CANCELED: "c",
+    TaskPhase.RUNNING: ">",
+}
 
 
 @click.command("tasks")
+@task_argument
+@phase_option
+@problems_option
+@click.option("--stale", metavar="AGE", type=Duration(), help="Only without a success for so long: 2d, 26h.")
+@click.option("--since", metavar="TIME", help="Rate and median of the runs that started since; 7d unless given.")
+@click.option("--started", metavar="WINDOW", help="Or within: yesterday, 2026-11-01..2026-11-08.")
 @limit_option
 @click.option("--after", type=TaskId(), help="Go on after this task.")
+@tz_option
 @json_option
 @db_option
-def tasks_command(limit: int | None, after: str | None, as_json: bool) -> None:
-    """List every task with its latest run, in the order of the task ids."""
+def tasks_command(
+    task: str | None,
+    phases: list[TaskPhase],
+    problems: bool,
+    stale: float | None,
+    since: str | None,
+    started: str | None,
+    limit: int | None,
+    after: str | None,
+    zone: tzinfo,
+    as_json: bool,
+) -> int:
+    """List tasks and how they are doing, in the order of their ids: all, or TASK, or those that match GLOB.
+
+    --phase and --problems are about the last run. RECENT are the outcomes of up to 20 runs, the newest on the right:
+    . succeeded, F failed, T timeout, X exhausted, c canceled, > running.
+    """
+    try:
+        window = window_of("7d" if since is started is None else since, started, zone)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    most = limit or (None if as_json else ROWS)
     with database().reading() as history:
-        most = limit or (None if as_json else ROWS)
-        tasks = _iter_tasks(history, after)
+
+        def page(size: int, place: str | None) -> Sequence[TaskSummary]:
+            return history.summaries(
+                task,
+                phases=phases_of(phases, problems=problems),
+                stale_after=None if stale is None else timedelta(seconds=stale),
+                window=window,
+                limit=size,
+                after=place,
+            )
+
+        found = _paged(page, after, None if most is None else most + 1)
         if as_json:
-            for run in islice(tasks, most):
-                print_json(run.to_wire())
+            is_any = False
+            for summary in islice(found, most):
+                is_any = True
+                print_json(summary.to_wire())
+        else:
+            shown = list(islice(found, most))
+            is_any = bool(shown)
+            _print(shown, zone)
+            if next(found, None) is not None:
+                complain(f"there are more: --after {shlex.quote(printable(shown[-1].task_id))}")
+        return 0 if is_any else _status_of_none(history, task)
+
+
+def _paged(
+    page: Callable[[int, str | None], Sequence[TaskSummary]], after: str | None, most: int | None
+) -> Iterator[TaskSummary]:
+    while most is None or most > 0:
+        size = _PAGE if most is None else min(_PAGE, most)
+        found = page(size, after)
+        yield from found
+        if len(found) < size:
             return
-        shown = list(islice(tasks, most))
-        print_table(shown, columns_of(RunFilter()))
-        if next(tasks, None) is not None:
-            complain(f"there are more: --after {shlex.quote(printable(shown[-1].task_id))}")
+        after = found[-1].task_id
+        most = None if most is None else most - size
 
 
-def _iter_tasks(history: TaskRunHistory, after: str | None) -> Iterator[TaskRun]:
-    while page := history.tasks(limit=PAGE, after=after):
-        yield from page
-        after = page[-1].task_id
+def _status_of_none(history: Reader, task: str | None) -> int:
+    literal = None if task is None else Glob(task).literal
+    if literal is None or history.last_run(literal) is not None:
+        return 0
+    complain(f"no run of {printable(literal)}")
+    return 1
+
+
+def _print(summaries: Sequence[TaskSummary], zone: tzinfo) -> None:
+    now = datetime.now(UTC)
+    if sys.stdout.isatty():
+        headings = ["TASK", "PHASE", "AGO", "SUCCESS", "PROBLEM", "RECENT", "RATE", "MEDIAN"]
+    else:
+        name = zone_name(zone)
+        times = [f"{what} ({name})" for what in ("LAST", "SUCCESS", "PROBLEM")]
+        headings = ["TASK", "PHASE", *times, "RECENT", "RATE", "MEDIAN"]
+
+    def when(run: TaskRun | None, style: str) -> Text:
+        if run is None:
+            return Text("never", style=style)
+        moment = run.finished_at or run.started_at
+        return Text(compact(now - moment) if sys.stdout.isatty() else long_moment(moment, zone))
+
+    print_rows(headings, [_row(summary, when) for summary in summaries])
+
+
+def _row(summary: TaskSummary, when: Callable[[TaskRun | None, str], Text]) -> list[Text]:
+    run, stats = summary.last_run, summary.stats
+    recent = Text(no_wrap=True)
+    for phase in reversed(summary.outcomes):
+        recent.append(_MARKS[phase], style=STYLES[phase])
+    return [
+        Text(printable(summary.task_id)),
+        Text(run.phase, style=STYLES[run.phase]),
+        when(run, ""),
+        when(summary.last_success, "red"),
+        when(summary.last_problem, "dim"),
+        recent,
+        Text(_percentage(stats.success_rate)),
+        Text("" if stats.duration is None else readable(stats.duration.p50)),
+    ]
+
+
+def _percentage(rate: float | None) -> str:
+    """Return a rate to a tenth of a per cent; it is 0% and 100% only if it is exactly that."""
+    if rate is None:
+        return ""
+    tenths = round(rate * 1000)
+    tenths = min(max(tenths, 1), 999) if 0 < rate < 1 else tenths
+    return f"{tenths / 10:g}%"
