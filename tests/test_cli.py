@@ -123,9 +123,9 @@ def test_tasks_lists_each_with_its_latest_run(shell: Shell, database: str) -> No
     assert [(run.task_id, run.attempt) for run in parsed(answer.out)] == [(t, 2) for t in ("C", "a", "a b", "b", "ä")]
     table = shell("tasks", "--limit", "2", "--db", database)
     assert [line.split()[:3] for line in table.out.splitlines()] == [
-        ["TASK", "ATTEMPT", "PHASE"],
-        ["C", "2", "succeeded"],
-        ["a", "2", "succeeded"],
+        ["TASK", "PHASE", "LAST"],
+        ["C", "succeeded", "2026-03-01"],
+        ["a", "succeeded", "2026-03-01"],
     ]
     assert table.err == "taskruns: there are more: --after a\n"
     rest = shell("tasks", "--json", "--after", "a", "--db", database)
@@ -263,7 +263,13 @@ def test_json_streams_more_than_a_page(shell: Shell, sqlite: str) -> None:
         (("show", "job", "0"), "ATTEMPT"),
         (("show", "job", "4294967296"), "ATTEMPT"),
         (("show", "job", "last"), "ATTEMPT"),
-        (("tasks", "job"), "unexpected extra argument (job)"),
+        (("tasks", "job", "a"), "unexpected extra argument (a)"),
+        (("tasks", "--since", "7d", "--started", "2d"), "exclude"),
+        (("tasks", "--since", "soon"), "soon"),
+        (("tasks", "--stale", "often"), "often"),
+        (("check",), "Missing argument 'TASK'"),
+        (("check", "job", "--max-problems", "-1"), "--max-problems"),
+        (("check", "job", "--succeeded-within", "daily"), "daily"),
         (("tasks", "--limit", "0"), "--limit"),
         (("db", "no-such"), "No such command 'no-such'"),
         (("completion", "tcsh"), "tcsh"),

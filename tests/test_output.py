@@ -96,7 +96,7 @@ def test_table_fits_a_terminal(home: Home, sqlite: str, columns: int) -> None:
     assert max(len(line) for line in printed.splitlines()) <= columns
 
 
-@pytest.mark.parametrize("command", COMMANDS[:4])
+@pytest.mark.parametrize("command", COMMANDS[:3])
 def test_hostile_text_does_no_harm_in_a_pipe(shell: Shell, sqlite: str, command: tuple[str, ...]) -> None:
     failed(sqlite, HOSTILE, source="[red]家[/red]")
     answer = shell(*command, "--db", sqlite)

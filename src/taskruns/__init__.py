@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from taskruns.bulk import RunsAdded
+    from taskruns.checks import TaskCheck
     from taskruns.errors import (
         AttemptConflictError,
         RunClosedError,
@@ -51,6 +52,7 @@ __all__ = [
     "StatsPart",
     "Supervisor",
     "SupervisorRow",
+    "TaskCheck",
     "TaskPhase",
     "TaskRun",
     "TaskRunHistory",
@@ -79,6 +81,7 @@ _HOMES = {
     "DurationStats": "stats",
     "Span": "stats",
     "StatsPart": "stats",
+    "TaskCheck": "checks",
     "TaskSummary": "summaries",
     "Window": "windows",
     "RunsAdded": "bulk",

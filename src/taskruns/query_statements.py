@@ -32,7 +32,7 @@ from sqlalchemy import (
 
 from taskruns.filters import RunFilter, RunOrder
 from taskruns.globs import Glob, upper_bound
-from taskruns.model import MAX_ATTEMPT, PROBLEMS, TaskPhase, TaskRun
+from taskruns.model import MAX_ATTEMPT, PROBLEMS, TaskPhase
 from taskruns.schema import IS_PROBLEM, task_runs
 from taskruns.statements import COLUMNS, clock
 
@@ -311,10 +311,11 @@ def some_started(question: Question, dialect: str) -> Select[Any]:
 
 
 def _some(where: Sequence[ColumnElement[bool]]) -> Select[Any]:
-    some: Select[Any] = (
-        select(literal_column("1")).select_from(_T).where(*where).limit(bindparam("most", type_=Integer))
-    )
-    return select(func.count()).select_from(some.subquery("some"))
+    return _counted(select(literal_column("1")).select_from(_T).where(*where))
+
+
+def _counted(some: Select[Any]) -> Select[Any]:
+    return select(func.count()).select_from(some.limit(bindparam("most", type_=Integer)).subquery("some"))
 
 
 def following_runs() -> Select[Any]:
@@ -327,6 +328,13 @@ def runs_of_following_tasks(is_following: bool) -> Select[Any]:  # noqa: FBT001 
     """Select the runs of the tasks after one, or of all, in order."""
     query = select(*COLUMNS).order_by(_C.task_id, _C.attempt).limit(_LIMIT)
     return query.where(_C.task_id > _bind("after", _C.task_id)) if is_following else query
+
+
+def some_problems() -> Select[Any]:
+    """Select how many problems a task has had after an attempt, counting up to ``most``."""
+    after = [_C.task_id == _bind("task", _C.task_id), _C.attempt > _bind("attempt", _C.attempt)]
+    problems: Select[Any] = select(literal_column("1")).select_from(_T).where(*after, text(IS_PROBLEM))
+    return _counted(problems.with_hint(_T, "INDEXED BY ix_task_runs_problems_of_task", "sqlite"))
 
 
 def newest_phases() -> Select[Any]:

@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 from sqlalchemy import Connection, Engine
 
 from taskruns import migrate
+from taskruns.checks import TaskCheck
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
 from taskruns.following import Following
 from taskruns.liveness import Supervisor
@@ -159,6 +160,30 @@ class Reader:
         return self._ask(
             lambda runs: runs.summaries(
                 task_glob, phases=phases, stale_after=stale_after, window=window, limit=limit, after=after
+            )
+        )
+
+    def check(
+        self,
+        task_glob: str,
+        *,
+        succeeded_within: timedelta | None = None,
+        max_problems: int | None = None,
+        max_running: timedelta | None = None,
+        zone: tzinfo = UTC,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> list[TaskCheck]:
+        """Return whether tasks are well, in the order of their ids: see :meth:`TaskRunRepository.check`."""
+        return self._ask(
+            lambda runs: runs.check(
+                task_glob,
+                succeeded_within=succeeded_within,
+                max_problems=max_problems,
+                max_running=max_running,
+                zone=zone,
+                limit=limit,
+                after=after,
             )
         )
 

@@ -88,6 +88,12 @@ def newest_phases(connection: Connection, task_id: str, most: int) -> tuple[Task
     return tuple([PHASES[phase] for (phase,) in rows])
 
 
+def problems_after(connection: Connection, task_id: str, attempt: int, most: int) -> int:
+    """Return how many problems a task has had after an attempt, ``most`` if there are more."""
+    statement = prepared(connection.dialect, query_statements.some_problems)
+    return int(statement.fetch(connection, {"task": task_id, "attempt": attempt, "most": most})[0][0])
+
+
 def get_run(connection: Connection, task_id: str, attempt: int) -> TaskRun | None:
     """Return a run; None if there is no such run."""
     statement = prepared(connection.dialect, statements.get_run)
@@ -257,7 +263,7 @@ def _is_small(connection: Connection, question: Question, values: Mapping[str, A
 
 
 def _is_short(connection: Connection, wanted: RunFilter) -> bool:
-    """Whether so few runs started in a window that it is quicker to go through them than through those of some tasks."""
+    """Whether so few runs started in a window that to go through them is quicker than through those of some tasks."""
     question, values = question_of(RunFilter(started=wanted.started), connection.dialect.name)
     statement = prepared(connection.dialect, query_statements.some_started, question, connection.dialect.name)
     return int(statement.fetch(connection, {**values, "most": MANY + 1})[0][0]) <= MANY

@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta, tzinfo
 
 from sqlalchemy import Connection
 
-from taskruns import bulk, engine, reading, recovery
+from taskruns import bulk, checks, engine, reading, recovery
 from taskruns.bulk import RunsAdded
+from taskruns.checks import Rules, TaskCheck
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun, checked_name
@@ -212,6 +213,37 @@ class TaskRunRepository:
             limit=limit,
             after=after,
         )
+
+    def check(
+        self,
+        task_glob: str,
+        *,
+        succeeded_within: timedelta | None = None,
+        max_problems: int | None = None,
+        max_running: timedelta | None = None,
+        zone: tzinfo = UTC,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> list[TaskCheck]:
+        """Return whether tasks are well, and why not, in the order of their ids.
+
+        Without any of the rules, a task is well if its latest run that has ended is no problem.
+
+        Args:
+            task_glob: The tasks that match: ``*``, ``?`` and ``[...]`` as in the shell, ``[*]`` is a star. Without any
+                of these it is a task id, and a task that was never seen is not well.
+            succeeded_within: How long ago the last success may have ended.
+            max_problems: How many problems may follow each other without a success.
+            max_running: For how long a run may be active.
+            zone: The time zone of what the reasons tell.
+            limit: How many tasks.
+            after: The task id after which to begin: the last one of the page before.
+
+        Raises:
+            ValueError: an argument is outside its rules.
+        """
+        rules = Rules(succeeded_within, max_problems, max_running, zone)
+        return checks.check(self._connection, task_glob, rules, limit=limit, after=after)
 
     def stats(
         self,

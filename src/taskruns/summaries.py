@@ -68,7 +68,7 @@ def summaries(
     wanted = RunFilter(phases=phases).phases
     stale_before = None if stale_after is None else datetime.now(UTC) - stale_after
     glob = None if task_glob is None else Glob(task_glob)
-    for latest in _latest_runs(connection, glob, after, at_once=min(limit, _AT_ONCE)):
+    for latest in latest_runs(connection, glob, after, at_once=min(limit, _AT_ONCE)):
         some = [run for run in latest if (glob is None or glob.matches(run.task_id))]
         some = [run for run in some if wanted is None or run.phase in wanted]
         if stale_before is not None:
@@ -80,7 +80,7 @@ def summaries(
     return found
 
 
-def _latest_runs(
+def latest_runs(
     connection: Connection, glob: Glob | None, after: str | None, *, at_once: int
 ) -> Iterator[list[TaskRun]]:
     """Yield the latest runs of tasks that may match, some at a time."""

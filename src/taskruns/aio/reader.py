@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskruns import migrate
+from taskruns.checks import TaskCheck
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
 from taskruns.following import Following
 from taskruns.liveness import Supervisor
@@ -154,6 +155,30 @@ class AsyncReader:
         return await self._ask(
             lambda runs: runs.summaries(
                 task_glob, phases=phases, stale_after=stale_after, window=window, limit=limit, after=after
+            )
+        )
+
+    async def check(
+        self,
+        task_glob: str,
+        *,
+        succeeded_within: timedelta | None = None,
+        max_problems: int | None = None,
+        max_running: timedelta | None = None,
+        zone: tzinfo = UTC,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> list[TaskCheck]:
+        """Return whether tasks are well, in the order of their ids: see :meth:`TaskRunRepository.check`."""
+        return await self._ask(
+            lambda runs: runs.check(
+                task_glob,
+                succeeded_within=succeeded_within,
+                max_problems=max_problems,
+                max_running=max_running,
+                zone=zone,
+                limit=limit,
+                after=after,
             )
         )
 

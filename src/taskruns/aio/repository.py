@@ -7,6 +7,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from taskruns.bulk import RunsAdded
+from taskruns.checks import TaskCheck
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder
 from taskruns.liveness import STALE_AFTER, Supervisor
 from taskruns.model import TaskPhase, TaskRun
@@ -162,6 +163,29 @@ class AsyncTaskRunRepository:
             phases=phases,
             stale_after=stale_after,
             window=window,
+            limit=limit,
+            after=after,
+        )
+
+    async def check(
+        self,
+        task_glob: str,
+        *,
+        succeeded_within: timedelta | None = None,
+        max_problems: int | None = None,
+        max_running: timedelta | None = None,
+        zone: tzinfo = UTC,
+        limit: int = 50,
+        after: str | None = None,
+    ) -> list[TaskCheck]:
+        """Return whether tasks are well, in the order of their ids: see :meth:`TaskRunRepository.check`."""
+        return await self._call(
+            TaskRunRepository.check,
+            task_glob,
+            succeeded_within=succeeded_within,
+            max_problems=max_problems,
+            max_running=max_running,
+            zone=zone,
             limit=limit,
             after=after,
         )

@@ -17,6 +17,7 @@ _COMMANDS = {
     "runs": "queries",
     "show": "queries",
     "tasks": "tasks",
+    "check": "check",
     "active": "queries",
     "last": "queries",
     "watch": "watch",

@@ -29,7 +29,9 @@ class TaskPattern(TaskId):
             literal = Glob(text).literal if is_glob(text) else text
         except ValueError as error:
             self.fail(str(error), parameter, context)
-        return text if literal is None else super().convert(literal, parameter, context)
+        if literal is not None:
+            super().convert(literal, parameter, context)
+        return text
 
 
 def task_and_glob(text: str | None) -> tuple[str | None, str | None]:

@@ -113,10 +113,10 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]], notes: S
     table = _table(headings, widths, gap)
     table.add_row(*(Text(heading, style="bold") for heading in headings))
     for place, row in enumerate(rows):
-        table.add_row(*(_cut(cell, *column) for cell, *column in zip(row, headings, widths, strict=True)))
+        table.add_row(*map(_cut, row, headings, widths))
         if notes and notes[place]:
             console.print(table)
-            console.print(Text(f"  {notes[place]}", style="dim", no_wrap=True, overflow="ellipsis"))
+            console.print(Text(f"  {notes[place]}", style="dim"), no_wrap=True, overflow="ellipsis")
             table = _table(headings, widths, gap)
     if table.row_count:
         console.print(table)

@@ -1,0 +1,175 @@
+"""Whether tasks are well, and why not."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any
+
+from sqlalchemy import Connection
+
+from taskruns import reading
+from taskruns.filters import RunFilter
+from taskruns.globs import Glob
+from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name, checked_number
+from taskruns.summaries import latest_runs
+from taskruns.windows import Window
+
+_COUNTED = 100
+"""Problems in a row that are counted at least."""
+
+_LINE = 200
+"""Characters of an error that are told."""
+
+_AT_ONCE = 500
+"""Tasks that are looked at together."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCheck:
+    """Whether a task is well."""
+
+    task_id: str
+    """The task."""
+    last_run: TaskRun | None
+    """The run with the highest attempt; None if the task was never seen, and then it is not well."""
+    reasons: tuple[str, ...]
+    """Why it is not well, in words."""
+
+    @property
+    def is_well(self) -> bool:
+        """Whether there is no reason to say that it is not."""
+        return not self.reasons
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        wire = {"taskId": self.task_id, "ok": self.is_well, "reasons": list(self.reasons)}
+        return wire if self.last_run is None else {**wire, "lastRun": self.last_run.to_wire()}
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What tasks that are well keep to: see :meth:`TaskRunRepository.check`.
+
+    Raises:
+        ValueError: a value is negative.
+        TypeError: it has the wrong type.
+    """
+
+    succeeded_within: timedelta | None = None
+    max_problems: int | None = None
+    max_running: timedelta | None = None
+    zone: tzinfo = UTC
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        if self.max_problems is not None:
+            checked_number(self.max_problems, "max_problems", 0, 2**31 - 2)
+        for name in ("succeeded_within", "max_running"):
+            span = getattr(self, name)
+            if span is not None and not isinstance(span, timedelta):
+                raise TypeError(f"{name} is a timedelta or None, not {span!r}")
+            if span is not None and span < timedelta(0):
+                raise ValueError(f"{name} must not be negative: {span}")
+
+    @property
+    def are_none(self) -> bool:
+        """Whether none is given: then the latest run that has ended is not to be a problem."""
+        return all(rule is None for rule in (self.succeeded_within, self.max_problems, self.max_running))
+
+    def success(self, last: TaskRun | None) -> Iterator[str]:
+        """Yield what is wrong with the last success of a task."""
+        if self.succeeded_within is None:
+            return
+        if last is None:
+            yield "never succeeded"
+        elif last.finished_at is not None and self.now - last.finished_at > self.succeeded_within:
+            yield f"no success for {_span(self.now - last.finished_at)} (last {self._moment(last.finished_at)})"
+
+    @property
+    def counted(self) -> int:
+        """How many problems in a row are counted; of more it is only told that there may be more."""
+        return max(_COUNTED, (self.max_problems or 0) + 2)
+
+    def problems(self, count: int) -> Iterator[str]:
+        """Yield what is wrong with the number of problems since the last success of a task."""
+        if self.max_problems is not None and count > self.max_problems:
+            told = f"{count}{' or more' if count >= self.counted else ''} problem{'s' if count > 1 else ''}"
+            yield f"{told} in a row, more than {self.max_problems}"
+
+    def running(self, oldest: TaskRun | None) -> Iterator[str]:
+        """Yield what is wrong with the oldest active run of a task."""
+        if self.max_running is not None and oldest is not None and self.now - oldest.started_at > self.max_running:
+            since = self._moment(oldest.started_at)
+            yield f"running for {_span(self.now - oldest.started_at)} since {since}, attempt {oldest.attempt}"
+
+    def ended(self, last: TaskRun | None) -> Iterator[str]:
+        """Yield what is wrong with the latest run of a task that has ended."""
+        if self.are_none and last is not None and last.finished_at is not None and last.phase in PROBLEMS:
+            age = _span(self.now - last.finished_at)
+            error = f": {_last_line(last.error)}" if last.error else ""
+            ended = "timed out" if last.phase is TaskPhase.TIMEOUT else last.phase
+            yield f"{ended} {age} ago ({self._moment(last.finished_at)}), attempt {last.attempt}{error}"
+
+    def _moment(self, moment: datetime) -> str:
+        return moment.astimezone(self.zone).replace(tzinfo=None).isoformat(" ", "seconds")
+
+
+def _span(span: timedelta) -> str:
+    """Return a span as a few characters, in hours as long as people compare it with such."""
+    minutes, seconds = divmod(max(0, span // timedelta(seconds=1)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:  # noqa: PLR2004  (two days)
+        return f"{hours // 24}d {hours % 24:02}h"
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m" if minutes else f"{seconds}s"
+
+
+def _last_line(text: str) -> str:
+    line = text.strip().rpartition("\n")[2]
+    return line if len(line) <= _LINE else f"{line[:_LINE]}…"
+
+
+def check(connection: Connection, task_glob: str, rules: Rules, *, limit: int, after: str | None) -> list[TaskCheck]:
+    """Return whether some tasks are well, in the order of their ids: see :meth:`TaskRunRepository.check`."""
+    reading.check_limit(limit)
+    glob = Glob(task_glob)
+    overdue = _overdue(connection, task_glob, rules)
+    found: list[TaskCheck] = []
+    for latest in latest_runs(connection, glob, after, at_once=min(limit, _AT_ONCE)):
+        matching = [run for run in latest if glob.matches(run.task_id)]
+        found += [
+            TaskCheck(run.task_id, run, tuple(_reasons(connection, run, rules, overdue)))
+            for run in matching[: limit - len(found)]
+        ]
+        if len(found) == limit:
+            break
+    if not found and glob.literal is not None and (after is None or after < glob.literal):
+        found.append(TaskCheck(checked_name(glob.literal, "task id"), None, ("never seen",)))
+    return found
+
+
+def _overdue(connection: Connection, task_glob: str, rules: Rules) -> Mapping[str, TaskRun]:
+    """Return of each task the run that has been active for longest, of those for too long."""
+    if rules.max_running is None:
+        return {}
+    try:
+        before = Window(until=rules.now - rules.max_running)
+    except OverflowError:
+        return {}
+    active = reading.active_runs(connection, RunFilter(task_glob=task_glob, started=before))
+    return {run.task_id: run for run in reversed(active)}
+
+
+def _reasons(connection: Connection, latest: TaskRun, rules: Rules, overdue: Mapping[str, TaskRun]) -> Iterator[str]:
+    # Nothing is asked of a task whose latest run has succeeded, as of nearly all.
+    if rules.succeeded_within is not None or rules.max_problems is not None:
+        success: TaskRun | None = latest
+        if latest.phase is not TaskPhase.SUCCEEDED:
+            success = reading.last_run(connection, RunFilter(latest.task_id, phases=TaskPhase.SUCCEEDED))
+        yield from rules.success(success)
+        if rules.max_problems is not None and success != latest:
+            after = 0 if success is None else success.attempt
+            yield from rules.problems(reading.problems_after(connection, latest.task_id, after, rules.counted))
+    yield from rules.running(overdue.get(latest.task_id))
+    if rules.are_none:
+        ended = latest if latest.finished_at is not None else None
+        yield from rules.ended(ended or reading.last_run(connection, RunFilter(latest.task_id, active=False)))

@@ -1,0 +1,101 @@
+"""``taskruns check``."""
+
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta, tzinfo
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from taskruns.checks import TaskCheck
+from taskruns.cli import complain
+from taskruns.cli.discovery import database, db_option
+from taskruns.cli.durations import Duration
+from taskruns.cli.filters import TaskPattern, tz_option
+from taskruns.cli.output import print_json, printable
+from taskruns.cli.queries import json_option
+from taskruns.reader import PAGE, Reader
+
+_WORDS = {True: ("ok", "green"), False: ("not well", "red")}
+
+
+@click.command("check")
+@click.argument("task", type=TaskPattern())
+@click.option("--succeeded-within", metavar="TIME", type=Duration(), help="Its last success ended within: 26h, 2d.")
+@click.option(
+    "--max-problems", metavar="N", type=click.IntRange(0, 2**31 - 2), help="At most N problems since its last success."
+)
+@click.option("--max-running", metavar="TIME", type=Duration(), help="None of its runs is active for longer: 3h.")
+@click.option("--quiet", "-q", is_flag=True, help="Print only those that are not well, as cron likes it.")
+@tz_option
+@json_option
+@db_option
+def check_command(
+    task: str,
+    succeeded_within: float | None,
+    max_problems: int | None,
+    max_running: float | None,
+    quiet: bool,
+    zone: tzinfo,
+    as_json: bool,
+) -> int:
+    """Tell whether TASK is well, or each task that matches GLOB, and why not, in a line for each.
+
+    A task is well if it keeps to all that is given; if nothing is, if its latest run that has ended is no problem.
+    What was never seen is not well. The exit status is 0 if all are well, 1 if not, and 2 if it cannot be told.
+    """
+    tell = (lambda found: print_json(found.to_wire())) if as_json else _teller()
+    count = 0
+    is_well = True
+    with database().reading() as history:
+        for found in _checks(history, task, _span(succeeded_within), max_problems, _span(max_running), zone):
+            count += 1
+            is_well = is_well and found.is_well
+            if not (quiet and found.is_well):
+                tell(found)
+    if count == 0:
+        complain(f"no task matches {printable(task)}")
+    return 0 if is_well and count else 1
+
+
+def _span(seconds: float | None) -> timedelta | None:
+    return None if seconds is None else timedelta(seconds=seconds)
+
+
+def _checks(
+    history: Reader,
+    task: str,
+    succeeded_within: timedelta | None,
+    max_problems: int | None,
+    max_running: timedelta | None,
+    zone: tzinfo,
+) -> Iterator[TaskCheck]:
+    after = None
+    while found := history.check(
+        task,
+        succeeded_within=succeeded_within,
+        max_problems=max_problems,
+        max_running=max_running,
+        zone=zone,
+        limit=PAGE,
+        after=after,
+    ):
+        yield from found
+        if len(found) < PAGE:
+            return
+        after = found[-1].task_id
+
+
+def _teller() -> Callable[[TaskCheck], None]:
+    """Return what prints a check: in colour on a terminal, and quicker elsewhere."""
+    if not sys.stdout.isatty():
+        return lambda found: click.echo(_line(found).plain)
+    console = Console(highlight=False, soft_wrap=True)
+    return lambda found: console.print(_line(found))
+
+
+def _line(found: TaskCheck) -> Text:
+    word, style = _WORDS[found.is_well]
+    reasons = "; ".join(map(printable, found.reasons))
+    return Text(f"{word:<10}", style=style) + Text(printable(found.task_id) + (f": {reasons}" if reasons else ""))
