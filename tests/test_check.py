@@ -76,6 +76,7 @@ def made(history: TaskRunHistory, now: datetime | None = None, **tasks: str) -> 
         ("F" * 120, {"max_problems": 3}, ["100 or more problems in a row, more than 3"]),
         ("F" * 120, {"max_problems": 119}, ["120 problems in a row, more than 119"]),
         ("F" * 120, {"max_problems": 120}, []),
+        ("F" * 120, {"max_problems": 10**30}, []),
         # How long it is running.
         (".>", {"max_running": 70 * MINUTE}, []),
         (">>.", {"max_running": 2 * HOUR}, ["running for 3h 10m since 2026-11-24 08:50:00, attempt 1"]),

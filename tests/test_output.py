@@ -96,6 +96,26 @@ def test_table_fits_a_terminal(home: Home, sqlite: str, columns: int) -> None:
     assert max(len(line) for line in printed.splitlines()) <= columns
 
 
+@pytest.mark.parametrize("command", [("runs",), ("runs", "--problems"), ("runs", "import:*")])
+def test_nothing_that_matters_is_lost_on_a_narrow_terminal(home: Home, sqlite: str, command: tuple[str, ...]) -> None:
+    task = "import:customers/eu-central-1/warehouse-synchronisation"
+    failed(sqlite, "Traceback\nConnectionError: the database server did not answer", task, "web-1.prod.example.com")
+    arguments = (*command, "--tz", "America/Argentina/Buenos_Aires", "--db", sqlite)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(home, *arguments, columns=80)).splitlines()
+    assert all(re.search(rf"(^| ){heading}( |$)", lines[0]) for heading in ("TASK", "#", "PHASE", "EXIT", "SOURCE"))
+    assert "(Buenos_Aires)" in lines[0]
+    assert re.search(r" 1 failed .* 3 web-1\.", lines[1])
+    assert "".join(line[:20].split(" ")[0] for line in lines[1:-1]) in task
+    assert lines[-1] == "  ConnectionError: the database server did not answer"
+    assert max(map(len, lines)) <= 80
+
+
+def test_terminal_of_few_columns_shows_the_first_of_a_table(home: Home, sqlite: str) -> None:
+    failed(sqlite, "x", task="job")
+    printed = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(home, "runs", "--db", sqlite, columns=40))
+    assert printed.split()[:6] == ["TASK", "#", "PHASE", "STARTED", "(UTC)", "job"]
+
+
 @pytest.mark.parametrize("command", COMMANDS[:3])
 def test_hostile_text_does_no_harm_in_a_pipe(shell: Shell, sqlite: str, command: tuple[str, ...]) -> None:
     failed(sqlite, HOSTILE, source="[red]家[/red]")

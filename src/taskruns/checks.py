@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from taskruns import reading
 from taskruns.filters import RunFilter
 from taskruns.globs import Glob
-from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name, checked_number
+from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name
 from taskruns.summaries import latest_runs
 from taskruns.windows import Window
 
@@ -62,8 +62,10 @@ class Rules:
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
-        if self.max_problems is not None:
-            checked_number(self.max_problems, "max_problems", 0, 2**31 - 2)
+        if self.max_problems is not None and type(self.max_problems) is not int:
+            raise TypeError(f"max_problems is a whole number or None, not {self.max_problems!r}")
+        if self.max_problems is not None and self.max_problems < 0:
+            raise ValueError(f"max_problems must not be negative: {self.max_problems}")
         for name in ("succeeded_within", "max_running"):
             span = getattr(self, name)
             if span is not None and not isinstance(span, timedelta):
@@ -74,7 +76,7 @@ class Rules:
     @property
     def are_none(self) -> bool:
         """Whether none is given: then the latest run that has ended is not to be a problem."""
-        return all(rule is None for rule in (self.succeeded_within, self.max_problems, self.max_running))
+        return self.succeeded_within is None and self.max_problems is None and self.max_running is None
 
     def success(self, last: TaskRun | None) -> Iterator[str]:
         """Yield what is wrong with the last success of a task."""
@@ -88,7 +90,7 @@ class Rules:
     @property
     def counted(self) -> int:
         """How many problems in a row are counted; of more it is only told that there may be more."""
-        return max(_COUNTED, (self.max_problems or 0) + 2)
+        return min(max(_COUNTED, (self.max_problems or 0) + 2), 2**31 - 1)
 
     def problems(self, count: int) -> Iterator[str]:
         """Yield what is wrong with the number of problems since the last success of a task."""

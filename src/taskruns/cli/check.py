@@ -6,6 +6,7 @@ from datetime import timedelta, tzinfo
 
 import click
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from taskruns.checks import TaskCheck
@@ -23,9 +24,7 @@ _WORDS = {True: ("ok", "green"), False: ("not well", "red")}
 @click.command("check")
 @click.argument("task", type=TaskPattern())
 @click.option("--succeeded-within", metavar="TIME", type=Duration(), help="Its last success ended within: 26h, 2d.")
-@click.option(
-    "--max-problems", metavar="N", type=click.IntRange(0, 2**31 - 2), help="At most N problems since its last success."
-)
+@click.option("--max-problems", metavar="N", type=click.IntRange(0), help="At most N problems since its last success.")
 @click.option("--max-running", metavar="TIME", type=Duration(), help="None of its runs is active for longer: 3h.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only those that are not well, as cron likes it.")
 @tz_option
@@ -90,12 +89,19 @@ def _checks(
 def _teller() -> Callable[[TaskCheck], None]:
     """Return what prints a check: in colour on a terminal, and quicker elsewhere."""
     if not sys.stdout.isatty():
-        return lambda found: click.echo(_line(found).plain)
-    console = Console(highlight=False, soft_wrap=True)
-    return lambda found: console.print(_line(found))
+        return lambda found: click.echo(f"{_WORDS[found.is_well][0]:<8}  {_told(found)}")
+    console = Console(highlight=False)
+
+    def tell(found: TaskCheck) -> None:
+        line = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        line.add_column(width=8)
+        line.add_column(overflow="fold")
+        line.add_row(Text(*_WORDS[found.is_well]), Text(_told(found)))
+        console.print(line)
+
+    return tell
 
 
-def _line(found: TaskCheck) -> Text:
-    word, style = _WORDS[found.is_well]
+def _told(found: TaskCheck) -> str:
     reasons = "; ".join(map(printable, found.reasons))
-    return Text(f"{word:<10}", style=style) + Text(printable(found.task_id) + (f": {reasons}" if reasons else ""))
+    return printable(found.task_id) + (f": {reasons}" if reasons else "")

@@ -53,6 +53,9 @@ _GIVING_WAY = (
 )
 """The columns that become narrower where there is little room, in this order, to so many cells; no other does."""
 
+_FEWEST = 2
+"""Columns that are shown however narrow the terminal is."""
+
 _NARROW = 100
 """Columns of a terminal below which tables are written closer."""
 
@@ -109,11 +112,12 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]], notes: S
         return
     console = Console(highlight=False)
     gap = 1 if is_narrow() else 2
-    widths = _fitting(headings, rows, console.width - gap * (len(headings) - 1))
+    widths = _fitting(headings, rows, console.width, gap)
+    headings = headings[: len(widths)]
     table = _table(headings, widths, gap)
     table.add_row(*(Text(heading, style="bold") for heading in headings))
     for place, row in enumerate(rows):
-        table.add_row(*map(_cut, row, headings, widths))
+        table.add_row(*map(_cut, row, headings, widths))  # as many as there are headings left
         if notes and notes[place]:
             console.print(table)
             console.print(Text(f"  {notes[place]}", style="dim"), no_wrap=True, overflow="ellipsis")
@@ -122,18 +126,19 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]], notes: S
         console.print(table)
 
 
-def _fitting(headings: Sequence[str], rows: Sequence[Sequence[Text]], room: int) -> list[int]:
-    """Return the widths of the columns, so that they fit where they can."""
-    columns = zip(*rows, strict=True)
-    widths = [
-        max(cell_len(heading), *(cell.cell_len for cell in column))
-        for heading, column in zip(headings, columns, strict=True)
-    ]
+def _fitting(headings: Sequence[str], rows: Sequence[Sequence[Text]], room: int, gap: int) -> list[int]:
+    """Return the widths of the columns so that they fit: of the first ones, where there is no room for all."""
+    columns = list(zip(headings, zip(*rows, strict=True), strict=True))
+    widths = [max(cell_len(heading), *(cell.cell_len for cell in cells)) for heading, cells in columns]
+    room -= gap * (len(headings) - 1)
     for heading, least in _GIVING_WAY:
         if heading in headings:
             place = headings.index(heading)
             spare = max(0, widths[place] - max(least, cell_len(heading)))
             widths[place] -= min(spare, max(0, sum(widths) - room))
+    while len(widths) > _FEWEST and sum(widths) > room:
+        widths.pop()
+        room += gap
     return widths
 
 
