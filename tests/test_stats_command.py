@@ -208,7 +208,7 @@ def test_text_in_a_pipe(shell: Shell, sqlite: str) -> None:
     [(0, 9, "0.0 %"), (1, 10**6, "0.1 %"), (9999, 10**4, "99.9 %"), (2, 3, "66.7 %"), (7, 7, "100.0 %")],
 )
 def test_only_all_are_a_hundred_per_cent(some: int, of: int, told: str) -> None:
-    from taskruns.cli.stats import percent
+    from taskruns.cli.output import percent
 
     assert percent(some, of) == told
 

@@ -226,6 +226,12 @@ def summary_of(error: str | None) -> str:
     return printable(lines[-1].strip()) if lines else ""
 
 
+def percent(some: int, of: int) -> str:
+    """Return a part in per cent: only none are 0 %, and only all are 100 %."""
+    rounded = round(1000 * some / of)
+    return f"{(min(max(rounded, 1), 999) if 0 < some < of else rounded) / 10:.1f} %"
+
+
 def long_moment(moment: datetime, zone: tzinfo) -> str:
     """Return a time to the second."""
     return _moment(moment, zone, "seconds")

@@ -13,7 +13,16 @@ from rich.text import Text
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import readable
 from taskruns.cli.filters import filter_options, task_argument
-from taskruns.cli.output import STYLES, holds_unicode, long_moment, print_json, print_rows, printable, zone_name
+from taskruns.cli.output import (
+    STYLES,
+    holds_unicode,
+    long_moment,
+    percent,
+    print_json,
+    print_rows,
+    printable,
+    zone_name,
+)
 from taskruns.cli.queries import is_unknown, unknown
 from taskruns.filters import ANY_TIME, RunFilter
 from taskruns.model import TaskPhase
@@ -152,12 +161,6 @@ def _window(window: Window, zone: tzinfo) -> str:
     if since and until:
         return f"{since} until {until}"
     return f"since {since}" if since else f"until {until}"
-
-
-def percent(some: int, of: int) -> str:
-    """Return a part in per cent: only none are 0 %, and only all are 100 %."""
-    rounded = round(1000 * some / of)
-    return f"{(min(max(rounded, 1), 999) if 0 < some < of else rounded) / 10:.1f} %"
 
 
 def _print_parts(parts: Sequence[StatsPart], by: Span, zone: tzinfo) -> None:

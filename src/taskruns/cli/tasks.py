@@ -12,13 +12,20 @@ from rich.text import Text
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import Duration, compact, readable
-from taskruns.cli.filters import phase_option, phases_of, problems_option, task_argument, tz_option, window_of
-from taskruns.cli.output import STYLES, long_moment, print_json, print_rows, printable, zone_name
-from taskruns.cli.queries import ROWS, json_option, limit_option
+from taskruns.cli.filters import (
+    phase_option,
+    phases_of,
+    problems_option,
+    task_and_glob,
+    task_argument,
+    tz_option,
+    window_of,
+)
+from taskruns.cli.output import STYLES, long_moment, percent, print_json, print_rows, printable, zone_name
+from taskruns.cli.queries import ROWS, is_unknown, json_option, limit_option, unknown
 from taskruns.cli.task_id import TaskId
-from taskruns.globs import Glob
+from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase, TaskRun
-from taskruns.reader import Reader
 from taskruns.summaries import TaskSummary
 
 _PAGE = 100
@@ -92,7 +99,8 @@ def tasks_command(
             _print(shown, zone)
             if next(found, None) is not None:
                 complain(f"there are more: --after {shlex.quote(printable(shown[-1].task_id))}")
-        return 0 if is_any else _status_of_none(history, task)
+        wanted = RunFilter(*task_and_glob(task))
+        return unknown(str(wanted.task_id)) if not is_any and is_unknown(history, wanted) else 0
 
 
 def _paged(
@@ -106,14 +114,6 @@ def _paged(
             return
         after = found[-1].task_id
         most = None if most is None else most - size
-
-
-def _status_of_none(history: Reader, task: str | None) -> int:
-    literal = None if task is None else Glob(task).literal
-    if literal is None or history.last_run(literal) is not None:
-        return 0
-    complain(f"no run of {printable(literal)}")
-    return 1
 
 
 def _print(summaries: Sequence[TaskSummary], zone: tzinfo) -> None:
@@ -136,6 +136,7 @@ def _print(summaries: Sequence[TaskSummary], zone: tzinfo) -> None:
 
 def _row(summary: TaskSummary, when: Callable[[TaskRun | None, str], Text]) -> list[Text]:
     run, stats = summary.last_run, summary.stats
+    succeeded = stats.by_phase.get(TaskPhase.SUCCEEDED, 0)
     recent = Text(no_wrap=True)
     for phase in reversed(summary.outcomes):
         recent.append(_MARKS[phase], style=STYLES[phase])
@@ -146,15 +147,6 @@ def _row(summary: TaskSummary, when: Callable[[TaskRun | None, str], Text]) -> l
         when(summary.last_success, "red"),
         when(summary.last_problem, "dim"),
         recent,
-        Text(_percentage(stats.success_rate)),
+        Text("" if stats.success_rate is None else percent(succeeded, succeeded + stats.problems)),
         Text("" if stats.duration is None else readable(stats.duration.p50)),
     ]
-
-
-def _percentage(rate: float | None) -> str:
-    """Return a rate to a tenth of a per cent; it is 0% and 100% only if it is exactly that."""
-    if rate is None:
-        return ""
-    tenths = round(rate * 1000)
-    tenths = min(max(tenths, 1), 999) if 0 < rate < 1 else tenths
-    return f"{tenths / 10:g}%"
