@@ -18,7 +18,7 @@ from taskruns.stats import PERCENTS, DurationStats, Ended, RunStats, Span, Stats
 from taskruns.times import parse_time, rfc3339
 from taskruns.writing import key_of
 
-_ALL = 2**31 - 1
+_ALL = 2**31 - 2
 
 FEW = 5_000
 """Runs that are sorted rather than found in order; and that statistics are made of here, not by the database."""
@@ -39,7 +39,7 @@ def page(connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: i
     Raises:
         ValueError: ``limit`` is less than 1, ``after`` is no cursor of this list, or it has no order without a window.
     """
-    check_limit(limit)
+    limit = check_limit(limit)
     found = _fetched(connection, wanted, order, limit=limit + 1, after=after)
     if len(found) <= limit:
         return RunPage(found, None)
@@ -60,6 +60,8 @@ def last_run(connection: Connection, wanted: RunFilter) -> TaskRun | None:
 
 def active_runs(connection: Connection, wanted: RunFilter) -> list[TaskRun]:
     """Return those that are active, in the order they started."""
+    if wanted.active is False:
+        return []
     found = _fetched(connection, replace(wanted, active=True), RunOrder.OLDEST, limit=_ALL)
     return found if wanted.task_id is None else sorted(found, key=lambda run: (run.started_at, run.attempt))
 
@@ -93,7 +95,7 @@ def all_runs(
     Raises:
         ValueError: ``limit`` is less than 1, or ``after`` is no key.
     """
-    check_limit(limit)
+    limit = check_limit(limit)
     # Two questions, as not every database looks up a pair that is greater than another by the key.
     found: list[TaskRun] = []
     dialect = connection.dialect
@@ -119,9 +121,7 @@ def tasks(
     Raises:
         ValueError: ``limit`` is less than 1, or ``after`` is no task id.
     """
-    if limit is not None:
-        check_limit(limit)
-    values: dict[str, Any] = {"limit": _ALL if limit is None else limit}
+    values: dict[str, Any] = {"limit": _ALL if limit is None else check_limit(limit)}
     start = None
     if after is not None:
         start, values["after"] = "after", checked_name(after, "task id")
@@ -168,15 +168,24 @@ def stats(connection: Connection, wanted: RunFilter, *, by: Span | None, zone: t
         if by is not None:
             parts = stats_by(runs, lambda started_at: by.number(started_at, zone))
     else:
-        found = _sorted_there(connection, question, values, stats_statements.ALL)[0]
+        # There may be none left, since others write.
+        found = _sorted_there(connection, question, values, stats_statements.ALL).get(0, RunStats())
         if by is not None:
-            first, last = connection.execute(stats_statements.starts(question, dialect.name), dict(values)).one()
-            segments = by.segments(zone, first, last)
-            part = stats_statements.part_number(by.seconds, segments, dialect.name)
-            parts = _sorted_there(connection, question, values, part)
+            parts = _parts_there(connection, question, values, by, zone)
     if by is None:
         return found
     return replace(found, parts=tuple(StatsPart(by.start(number, zone), parts[number]) for number in sorted(parts)))
+
+
+def _parts_there(
+    connection: Connection, question: Question, values: Mapping[str, Any], by: Span, zone: tzinfo
+) -> dict[int, RunStats]:
+    dialect = connection.dialect.name
+    first, last = connection.execute(stats_statements.starts(question, dialect), dict(values)).one()
+    if first is None:
+        return {}
+    part = stats_statements.part_number(by, by.segments(zone, first, last), dialect)
+    return _sorted_there(connection, question, values, part)
 
 
 def stats_of_tasks(connection: Connection, wanted: RunFilter, task_ids: Sequence[str]) -> dict[str, RunStats]:
@@ -239,10 +248,11 @@ def _is_small(connection: Connection, question: Question, values: Mapping[str, A
     return int(statement.fetch(connection, {**values, "most": FEW + 1})[0][0]) <= FEW
 
 
-def check_limit(limit: int) -> None:
-    """Check how many are asked for."""
+def check_limit(limit: int) -> int:
+    """Return how many are asked for, if it is a number that can be, or all there can be."""
     if limit < 1:
         raise ValueError(f"limit must be 1 or more, not {limit}")
+    return min(limit, _ALL)
 
 
 _CURSOR = re.compile(r"((?P<time>[0-9T:.Z-]+)/|(?P<span>[0-9]{1,18})us/)?(?P<attempt>[0-9]{1,10})(/(?P<task>.+))?")

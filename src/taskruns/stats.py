@@ -13,6 +13,7 @@ from taskruns.times import rfc3339
 PERCENTS = (50, 95, 99)
 
 _MICROSECOND = timedelta(microseconds=1)
+_SECOND = timedelta(seconds=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_DAY = date(1970, 1, 1).toordinal()
 
@@ -154,28 +155,24 @@ class Span(StrEnum):
     DAY = "day"
     HOUR = "hour"
 
-    @property
-    def seconds(self) -> int:
-        """How long one is, but for the days on which clocks are put forward or back."""
-        return 86400 if self is Span.DAY else 3600
-
     def number(self, moment: datetime, zone: tzinfo) -> int:
-        """Return the number of the day, or of the hour, in which a moment is, since 1970."""
+        """Return the day in which a moment is, as days since 1970, or when its hour began, as seconds since then."""
         local = moment.astimezone(zone)
         if self is Span.DAY:
             return local.toordinal() - _FIRST_DAY
-        return ((moment - _EPOCH) // timedelta(seconds=1) + _offset(local) % 3600) // 3600
+        seconds = (moment - _EPOCH) // _SECOND
+        return seconds - (seconds + _offset(local)) % 3600
 
     def start(self, number: int, zone: tzinfo) -> datetime:
         """Return when the day or hour of a number begins, in the time zone."""
-        if self is Span.DAY:
-            midnight = datetime.combine(date.fromordinal(number + _FIRST_DAY), datetime.min.time(), zone)
-            return midnight.astimezone(UTC).astimezone(zone)  # clocks may be put forward at midnight
-        begin = _EPOCH + timedelta(hours=number)
-        return (begin - timedelta(seconds=_offset(begin.astimezone(zone)) % 3600)).astimezone(zone)
+        if self is Span.HOUR:
+            return (_EPOCH + number * _SECOND).astimezone(zone)
+        midnight = datetime.combine(date.fromordinal(number + _FIRST_DAY), datetime.min.time(), zone)
+        return midnight.astimezone(UTC).astimezone(zone)  # clocks may be put forward at midnight
 
     def segments(self, zone: tzinfo, since: datetime, until: datetime) -> tuple[tuple[datetime | None, int], ...]:
         """Return the offsets, in seconds, by which the numbers of some time are found, and until when."""
+        since, until = since.replace(microsecond=0), until.replace(microsecond=0)  # clocks change at whole seconds
         found: list[tuple[datetime | None, int]] = []
         moment, offset = since, self._offset(since, zone)
         while moment < until:
@@ -183,10 +180,10 @@ class Span(StrEnum):
             changed = self._offset(following, zone)
             if changed != offset:
                 low, high = moment, following
-                while high - low > timedelta(seconds=1):
-                    middle = (low + (high - low) / 2).replace(microsecond=0)
+                while high - low > _SECOND:
+                    middle = low + (high - low) // _SECOND // 2 * _SECOND
                     low, high = (middle, high) if self._offset(middle, zone) == offset else (low, middle)
-                found.append((high.replace(microsecond=0), offset))
+                found.append((high, offset))
             moment, offset = following, changed
         return (*found, (None, offset))
 
@@ -196,4 +193,4 @@ class Span(StrEnum):
 
 
 def _offset(local: datetime) -> int:
-    return (local.utcoffset() or timedelta(0)) // timedelta(seconds=1)
+    return (local.utcoffset() or timedelta(0)) // _SECOND

@@ -19,6 +19,7 @@ from sqlalchemy import (
 
 from taskruns.query_statements import Question, by_problems_of_task, conditions, duration
 from taskruns.schema import task_runs
+from taskruns.stats import Span
 
 _C = task_runs.c
 
@@ -38,8 +39,8 @@ def of_tasks(task_ids: Sequence[str]) -> ColumnElement[bool]:
 Segments = tuple[tuple[datetime | None, int], ...]
 """The offsets of a time zone: until when each holds, None for ever, and its seconds."""
 
-_ERA = 1_000_000
-"""Days, or hours, that are added while they are counted: databases round what is negative differently."""
+_ERA = 62_135_596_800
+"""Seconds from the year 1 until 1970: databases round what is negative differently."""
 
 
 def starts(question: Question, dialect: str) -> Select[Any]:
@@ -54,17 +55,19 @@ TASK: ColumnElement[Any] = _C.task_id
 """The parts that are tasks."""
 
 
-def part_number(unit: int, segments: Segments, dialect: str) -> ColumnElement[int]:
-    """Return the number of the day or hour, of ``unit`` seconds, in which a run started: see :class:`stats.Span`."""
+def part_number(by: Span, segments: Segments, dialect: str) -> ColumnElement[int]:
+    """Return the number of the day or hour in which a run started: see :class:`stats.Span`."""
     seconds = {
-        "sqlite": "CAST(strftime('%s', substr(started_at, 1, 19)) AS INTEGER)",
-        "postgresql": "CAST(floor(extract(epoch FROM started_at)) AS bigint)",
-    }.get(dialect, "timestampdiff(SECOND, '1970-01-01', started_at)")
+        "sqlite": f"(CAST(strftime('%s', substr(started_at, 1, 19)) AS INTEGER) + {_ERA})",
+        "postgresql": f"(CAST(floor(extract(epoch FROM started_at)) AS bigint) + {_ERA})",
+    }.get(dialect, "timestampdiff(SECOND, '0001-01-01', started_at)")
     offset: ColumnElement[int] = _constant(segments[-1][1])
     if len(segments) > 1:
         offset = case(*((_C.started_at < until, _constant(value)) for until, value in segments[:-1]), else_=offset)
-    shifted = literal_column(seconds, type_=BigInteger()) + offset + _constant(_ERA * unit)
-    return _divided(shifted, unit, dialect) - _constant(_ERA)
+    shifted = literal_column(seconds, type_=BigInteger()) + offset
+    if by is Span.DAY:
+        return _divided(shifted, 86400, dialect) - _constant(_ERA // 86400)
+    return _divided(shifted, 3600, dialect) * _constant(3600) - offset - _constant(_ERA)
 
 
 def _constant(value: int) -> ColumnElement[int]:
