@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, insert
 
-from taskruns import PROBLEMS, TaskPhase, TaskRun, TaskRunHistory
+from taskruns import PROBLEMS, RunFilter, TaskPhase, TaskRun, TaskRunHistory, Window
 from taskruns.reader import PAGE
 from taskruns.schema import task_runs
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
+EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 def attempts(runs: Iterable[TaskRun]) -> list[int]:
@@ -203,3 +204,35 @@ def test_reads_of_a_transaction_see_its_own_writes(history: TaskRunHistory) -> N
         assert runs.runs("job").runs == [run]
         assert runs.active_runs() == [run]
         assert runs.tasks() == [run]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"min_duration": timedelta.min},
+        {"max_duration": timedelta.max},
+        {"started": Window(EARLIEST), "finished": Window(EARLIEST, LATEST), "max_duration": timedelta.max},
+    ],
+)
+def test_the_ends_of_time_can_be_asked_for(history: TaskRunHistory, wanted: dict[str, Any]) -> None:
+    history.close_run("job", history.open_run("job").attempt, TaskPhase.FAILED)
+    assert history.count_runs(RunFilter(**wanted)) == 1
+    assert history.count_runs(RunFilter(**wanted | {"min_duration": timedelta.max})) == 0
+
+
+def test_any_number_of_runs_can_be_asked_for(history: TaskRunHistory) -> None:
+    run = history.open_run("job")
+    for limit in (2**31 - 1, 2**31, 2**70):
+        assert history.runs(limit=limit).runs == history.tasks(limit=limit) == [run]
+        assert [summary.last_run for summary in history.summaries(limit=limit)] == [run]
+
+
+@pytest.mark.parametrize("text", ["", "\0", "a\ud800"])
+def test_text_that_no_error_has_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="to look for in errors"):
+        RunFilter(error=text, started=Window(NOON))
+
+
+def test_ended_runs_are_not_active(history: TaskRunHistory) -> None:
+    history.open_run("job")
+    assert history.active_runs(RunFilter(active=False)) == []
