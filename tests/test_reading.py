@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, insert
 
-from taskruns import PROBLEMS, RunFilter, TaskPhase, TaskRun, TaskRunHistory, Window
+from taskruns import PROBLEMS, RunFilter, RunOrder, TaskPhase, TaskRun, TaskRunHistory, Window
 from taskruns.reader import PAGE
 from taskruns.schema import task_runs
 
@@ -236,3 +236,21 @@ def test_text_that_no_error_has_is_refused(text: str) -> None:
 def test_ended_runs_are_not_active(history: TaskRunHistory) -> None:
     history.open_run("job")
     assert history.active_runs(RunFilter(active=False)) == []
+
+
+def test_a_run_whose_end_is_told_meanwhile_does_not_come_again(
+    history: TaskRunHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskruns.reader.PAGE", 1)
+    monkeypatch.setattr("taskruns.aio.reader.PAGE", 1)
+    ends = [NOON + timedelta(hours=number) for number in range(4)]
+    runs = [
+        TaskRun("job", 1 + number, TaskPhase.FAILED, NOON, end, recovered=not number) for number, end in enumerate(ends)
+    ]
+    history.add_runs(runs)
+    found = []
+    for run in history.iter_runs(phases=PROBLEMS, order=RunOrder.OLDEST):
+        found.append(run)
+        if run.recovered:
+            history.close_run("job", run.attempt, TaskPhase.TIMEOUT, finished_at=ends[2])
+    assert found == runs

@@ -33,6 +33,23 @@ class RunPage:
     """What to give as ``after`` for the page that follows; None if there is none."""
 
 
+class Unrepeated:
+    """Leaves out the runs of a list that come again: their true start or end was told meanwhile, which is their place.
+
+    Only those are remembered of which it can be told yet.
+    """
+
+    def __init__(self) -> None:
+        self._may_come_again: set[tuple[str, int]] = set()
+
+    def of(self, runs: list[TaskRun]) -> list[TaskRun]:
+        """Return those of a page that have not come before."""
+        known = self._may_come_again
+        new = [run for run in runs if (run.task_id, run.attempt) not in known] if known else runs
+        known.update((run.task_id, run.attempt) for run in runs if run.recovered or run.start_inferred)
+        return new
+
+
 def page(connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: int, after: str | None) -> RunPage:
     """Return a page of runs.
 
