@@ -12,8 +12,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import IO, Any, Self
+from zoneinfo import ZoneInfo
 
-from taskruns import Retention, RunClosedError, RunNotFoundError, TaskPhase, TaskRun, TaskRunHistory
+from taskruns import Retention, RunClosedError, RunNotFoundError, Span, TaskPhase, TaskRun, TaskRunHistory
 from taskruns.retention import EMBEDDED
 
 NOW = datetime.now(UTC)
@@ -167,6 +168,16 @@ def churning(history: TaskRunHistory, seed: str, stop: str) -> None:
     say(count)
 
 
+def summing_up_measured(history: TaskRunHistory) -> None:
+    """Tell the statistics of all runs, by day in Berlin, and the peak of the memory in KiB before and after."""
+    history.stats("nothing", by=Span.DAY)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    stats = history.stats(by=Span.DAY, zone=ZoneInfo("Europe/Berlin"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parts = [[part.start.isoformat(), part.stats.to_wire()] for part in stats.parts]
+    say([before, peak, stats.to_wire(), parts])
+
+
 def pruning(history: TaskRunHistory) -> None:
     """Prune by the policy of the default database; tell after each step how many runs that were."""
     say(history.prune(EMBEDDED, on_progress=say))
@@ -193,6 +204,7 @@ ROLES: dict[str, Callable[..., None]] = {
     "acknowledge": acknowledging,
     "write until": writing_until,
     "churn": churning,
+    "stats measured": summing_up_measured,
     "prune": pruning,
     "prune measured": pruning_measured,
 }
