@@ -228,28 +228,21 @@ def _sorted_there(
     *some: ColumnElement[bool],
 ) -> dict[Any, RunStats]:
     """Return the statistics of each part of some runs, of which the database has sorted the durations."""
-    dialect = connection.dialect.name
-    given = dict(values)
-    ranked = {
-        row[0]: row[1:]
-        for row in connection.execute(stats_statements.percentiles(question, part, PERCENTS, dialect, *some), given)
-    }
-    phases: dict[Any, list[Any]] = {}
-    for key, *of_phase in connection.execute(stats_statements.sums(question, part, dialect, *some), given):
-        phases.setdefault(key, []).append(of_phase)
-    return {key: _stats_of_parts(of_part, ranked.get(key)) for key, of_part in phases.items()}
+    query = stats_statements.parts(question, part, PERCENTS, connection.dialect.name, *some)
+    parts: dict[Any, list[Any]] = {}
+    for key, *of_phase in connection.execute(query, dict(values)):
+        parts.setdefault(key, []).append(of_phase)
+    return {key: _stats_of_phases(phases) for key, phases in parts.items()}
 
 
-def _stats_of_parts(phases: Sequence[Any], percentiles: Sequence[int] | None) -> RunStats:
+def _stats_of_phases(phases: Sequence[Any]) -> RunStats:
     ended = [row for row in phases if row[5] is not None]
     duration = None
-    if ended and percentiles is not None:
-        runs, totals, least, most = (
-            [int(value) for value in column] for column in zip(*(row[1:5] for row in ended), strict=True)
-        )
-        spans = [min(least), *map(int, percentiles), max(most)]
-        mean = timedelta(microseconds=sum(totals)) / sum(runs)
-        duration = DurationStats(mean, *(timedelta(microseconds=span) for span in spans))
+    if ended:
+        runs, totals, least, most, _, *ranks = zip(*(row[1:] for row in ended), strict=True)
+        spans = [min(least), *(next(span for span in spans if span is not None) for spans in ranks), max(most)]
+        mean = timedelta(microseconds=int(sum(totals))) / sum(runs)
+        duration = DurationStats(mean, *(timedelta(microseconds=int(span)) for span in spans))
     last = {row[0]: row[5] for row in ended}
     return RunStats({row[0]: row[1] for row in phases}, duration, *last_ends(last))
 

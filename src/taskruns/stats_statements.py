@@ -79,37 +79,27 @@ def _divided(value: ColumnElement[int], divisor: int, dialect: str) -> ColumnEle
     return value.self_group().op(divide)(_constant(divisor))
 
 
-def sums(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Select[Any]:
-    """Select what can be added up, for each part and phase.
-
-    These are how many runs there are, of their durations the sum, the least and the most, and the last end.
-    """
-    run = _runs(question, part, dialect, *some)
-    spans = [func.sum(run.c.span), func.min(run.c.span), func.max(run.c.span), func.max(run.c.finished_at)]
-    return select(run.c.part, run.c.phase, func.count(), *spans).group_by(run.c.part, run.c.phase)
-
-
-def percentiles(
+def parts(
     question: Question, part: ColumnElement[Any], percents: Sequence[int], dialect: str, *some: ColumnElement[bool]
 ) -> Select[Any]:
-    """Select the percentiles of the durations for each part, each at the nearest rank."""
+    """Select, for each part and phase, what the statistics of the part are made of: all of it as of one moment.
+
+    These are how many runs there are, of their durations the sum, the least and the most, the last end, and of the
+    percentiles of the part, at the nearest rank, those that are the duration of a run in this phase.
+    """
     run = _runs(question, part, dialect, *some)
-    ranked = (
-        select(
-            run.c.part,
-            run.c.span,
-            func.row_number().over(partition_by=run.c.part, order_by=run.c.span).label("place"),
-            func.count().over(partition_by=run.c.part).label("size"),
-        )
-        .where(run.c.span.is_not(None))
-        .subquery("ranked")
-    )
+    in_order = func.row_number().over(partition_by=run.c.part, order_by=[run.c.span.is_(None), run.c.span])
+    size = func.count(run.c.span).over(partition_by=run.c.part)
+    ranked = select(*run.c, in_order.label("place"), size.label("size")).subquery("ranked")
 
     def at(percent: int) -> ColumnElement[int]:
         rank = _divided(ranked.c.size * _constant(percent) + _constant(99), 100, dialect)
         return func.min(case((ranked.c.place == rank, ranked.c.span)))
 
-    return select(ranked.c.part, *map(at, percents)).group_by(ranked.c.part)
+    span = ranked.c.span
+    told = [func.count(), func.sum(span), func.min(span), func.max(span), func.max(ranked.c.finished_at)]
+    of_phase = select(ranked.c.part, ranked.c.phase, *told, *map(at, percents))
+    return of_phase.group_by(ranked.c.part, ranked.c.phase)
 
 
 def _runs(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Subquery:
