@@ -47,6 +47,7 @@ CHANGES = [
     datetime(2026, 4, 4, 15, tzinfo=UTC),
     datetime(1970, 1, 1, tzinfo=UTC),
 ]
+EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 STEPS = [timedelta(hours=hours, minutes=minutes) for hours in (-24, -2, -1, 0, 1, 30) for minutes in (-30, 0, 29)]
 BITS = [timedelta(microseconds=bit) for bit in (0, 1, 500_000, 999_499, 999_500, 999_999)]
 SPANS = [timedelta(), *BITS[1:], *(timedelta(seconds=s, microseconds=999_500) for s in (0, 59, 3599, 86399, 400_000))]
@@ -260,3 +261,19 @@ def test_the_parts_of_time_are_those_of_the_clock(by: Span, zone: Any, times: li
     for moment in times:
         start = by.start(by.number(moment, zone), zone)
         assert (moment, start.astimezone(UTC)) == (moment, begin(moment, by, zone))
+
+
+@pytest.mark.parametrize("by", Span)
+@pytest.mark.parametrize("zone", ZONES)
+def test_the_ends_of_time_are_in_a_part(by: Span, zone: Any) -> None:
+    for first, last in ((EARLIEST, EARLIEST + timedelta(days=2)), (LATEST - timedelta(days=2), LATEST)):
+        assert by.segments(zone, first, last)
+        for moment in (first, last):
+            assert abs(by.start(by.number(moment, zone), zone) - moment) < timedelta(days=2)
+
+
+def test_offsets_are_found_if_the_last_run_started_right_after_clocks_changed() -> None:
+    for change in CHANGES:
+        for bit in BITS:
+            for zone in ZONES:
+                assert len(Span.DAY.segments(zone, change - timedelta(hours=3) - bit, change + bit)) <= 2

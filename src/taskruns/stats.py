@@ -16,6 +16,7 @@ _MICROSECOND = timedelta(microseconds=1)
 _SECOND = timedelta(seconds=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_DAY = date(1970, 1, 1).toordinal()
+_FIRST_SECOND = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _SECOND
 
 
 def nearest_rank(percent: int, count: int) -> int:
@@ -157,7 +158,7 @@ class Span(StrEnum):
 
     def number(self, moment: datetime, zone: tzinfo) -> int:
         """Return the day in which a moment is, as days since 1970, or when its hour began, as seconds since then."""
-        local = moment.astimezone(zone)
+        local = _in_zone(moment, zone)
         if self is Span.DAY:
             return local.toordinal() - _FIRST_DAY
         seconds = (moment - _EPOCH) // _SECOND
@@ -166,9 +167,9 @@ class Span(StrEnum):
     def start(self, number: int, zone: tzinfo) -> datetime:
         """Return when the day or hour of a number begins, in the time zone."""
         if self is Span.HOUR:
-            return (_EPOCH + number * _SECOND).astimezone(zone)
+            return _in_zone(_EPOCH + max(number, _FIRST_SECOND) * _SECOND, zone)
         midnight = datetime.combine(date.fromordinal(number + _FIRST_DAY), datetime.min.time(), zone)
-        return midnight.astimezone(UTC).astimezone(zone)  # clocks may be put forward at midnight
+        return _in_zone(_in_zone(midnight, UTC), zone)  # clocks may be put forward at midnight
 
     def segments(self, zone: tzinfo, since: datetime, until: datetime) -> tuple[tuple[datetime | None, int], ...]:
         """Return the offsets, in seconds, by which the numbers of some time are found, and until when."""
@@ -176,7 +177,7 @@ class Span(StrEnum):
         found: list[tuple[datetime | None, int]] = []
         moment, offset = since, self._offset(since, zone)
         while moment < until:
-            following = min(moment + timedelta(days=1), until)
+            following = moment + min(timedelta(days=1), until - moment)
             changed = self._offset(following, zone)
             if changed != offset:
                 low, high = moment, following
@@ -188,8 +189,16 @@ class Span(StrEnum):
         return (*found, (None, offset))
 
     def _offset(self, moment: datetime, zone: tzinfo) -> int:
-        offset = _offset(moment.astimezone(zone))
+        offset = _offset(_in_zone(moment, zone))
         return offset if self is Span.DAY else offset % 3600
+
+
+def _in_zone(moment: datetime, zone: tzinfo) -> datetime:
+    """Return a moment by the clock of a zone, or as it is where that would be before the year 1 or after 9999."""
+    try:
+        return moment.astimezone(zone)
+    except OverflowError:
+        return moment
 
 
 def _offset(local: datetime) -> int:
