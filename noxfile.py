@@ -13,7 +13,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 def install(session: nox.Session, group: str, *, package: bool = True) -> None:
     groups = nox.project.dependency_groups(PYPROJECT, group)
-    session.install("-q", *(["-e", ".[postgres,mysql,asyncio]"] if package else []), *groups)
+    session.install("-q", *(["-e", ".[postgres,mysql,asyncio,plot]"] if package else []), *groups)
 
 
 @nox.session

@@ -41,8 +41,8 @@ ALL = commands(cli)
 
 def test_every_command_is_known_here() -> None:
     assert {" ".join(path) for path in ALL} == {
-        *("exec", "runs", "show", "tasks", "active", "last", "ingest", "replay", "export", "import", "completion"),
-        *("supervisors", "recover", "doctor", "prune", "forget"),
+        *("exec", "runs", "show", "tasks", "active", "last", "stats", "watch", "ingest", "replay", "export", "import"),
+        *("completion", "supervisors", "recover", "doctor", "prune", "forget"),
         *("db", "db upgrade", "db current", "db check", "db where"),
     }
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from test_exec_outage import DELAY, file_system, fill, seconds_of
 from test_ingest import Ingest, all_runs, clean_pass, encoded, home, ingest, many, shown, start, stop
 from test_retries import cut, servers_history
+from test_watch import Watching
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory, spool
 
@@ -118,6 +120,20 @@ def job(home: Home, database: str, name: str, task: str, status: int) -> Job:
     seconds = time.monotonic() - began
     ran_from, ran_until = map(float, times.read_text().split())
     return Job(name, task, status, ran_from, ran_until, done, seconds)
+
+
+def test_watch_outlives_an_outage_and_repeats_nothing(server: OwnServer, own_database: str, home: Home) -> None:
+    with TaskRunHistory.connect(own_database) as history:
+        history.open_run("before")
+        watch = Watching(home, "--db", own_database, "--interval", "0.1")
+        assert "before 1" in watch.line(20)
+        with server.down():
+            assert "; waiting for it" in watch.complaint()
+        assert watch.complaint() == f"{PREFIX}the database can be used again\n"
+        history.close_run("before", 1, TaskPhase.SUCCEEDED)
+        assert re.search("succeeded +before 1", watch.line())
+        assert watch.says_no_more()
+        assert watch.stop() == (130, "")
 
 
 def differences(runs: list[TaskRun], jobs: list[Job]) -> list[tuple[float, float]]:

@@ -9,8 +9,9 @@ from sqlalchemy import Connection, Select, Table, create_engine, insert, select,
 from sqlalchemy.pool import NullPool
 
 from taskruns import PROBLEMS, RunFilter, RunOrder, TaskPhase, Window, pruning_statements, schema, statements
+from taskruns.following import PAGE
 from taskruns.prepared import Prepared
-from taskruns.query_statements import question_of, runs
+from taskruns.query_statements import question_of, runs, starts
 from taskruns.url import parse_url
 
 RUNS = schema.task_runs.c
@@ -38,6 +39,12 @@ QUESTIONS: dict[str, tuple[RunFilter, dict[str, str]]] = {
     "problems by finish time": (RunFilter(phases=PROBLEMS, finished=HOUR), BY_END),
     "timeouts of a task pattern": (RunFilter(task_glob="task*", phases=TaskPhase.TIMEOUT), BY_END),
 }
+STEPS = {
+    (wanted, are_active): ACTIVE if are_active else BY_START
+    for wanted in (RunFilter(), RunFilter("task 3"), RunFilter(task_glob="task*"))
+    for are_active in (False, True)
+}
+"""What those ask who follow runs."""
 READERS: dict[str, tuple[Select[Any], dict[str, str]]] = {
     "how many are active": (
         statements.active_count(),
@@ -91,17 +98,28 @@ def plan(connection: Connection, query: Select[Any] | str) -> str:
     if not isinstance(query, str):
         query = str(query.compile(connection, compile_kwargs={"literal_binds": True}))
     rows = connection.exec_driver_sql(f"{keyword} {query}".replace("%", "%%"))
-    return "\n".join(" ".join(map(str, row)) for row in rows)
+    return "\n".join(" ".join([*map(str, row), ""]) for row in rows)
 
 
 def explained(connection: Connection, wanted: RunFilter, order: RunOrder, *, is_following: bool) -> str:
-    dialect = connection.dialect
-    question, values = question_of(wanted, dialect.name)
-    statement = Prepared(runs(question, order, is_following, False, dialect.name), dialect)
-    statement.text = f"{'EXPLAIN QUERY PLAN' if dialect.name == 'sqlite' else 'EXPLAIN'} {statement.text}"
-    cursor = {"at_time": START_OF_HOUR + timedelta(minutes=20), "at_task": "task 3", "at_attempt": 400}
-    rows = statement.fetch(connection, {**values, **cursor, "limit": 51})
-    return "\n".join(" ".join(map(str, row)) for row in rows)
+    question, values = question_of(wanted, connection.dialect.name)
+    query = runs(question, order, is_following, False, connection.dialect.name)
+    place = {"at_time": START_OF_HOUR + timedelta(minutes=20), "at_task": "task 3", "at_attempt": 400}
+    return prepared_plan(connection, query, {**values, **place, "limit": 51})
+
+
+def plan_of_step(connection: Connection, wanted: RunFilter, *, are_active: bool) -> str:
+    question, values = question_of(wanted, connection.dialect.name)
+    since = START if are_active else START + timedelta(seconds=30 * 20_000 - 10)
+    place = {"at_time": since, "at_task": "", "at_attempt": 0}
+    query = starts(question, are_active, connection.dialect.name)
+    return prepared_plan(connection, query, {**values, **place, "limit": PAGE})
+
+
+def prepared_plan(connection: Connection, query: Select[Any], values: dict[str, Any]) -> str:
+    statement = Prepared(query, connection.dialect)
+    statement.text = f"{'EXPLAIN QUERY PLAN' if connection.dialect.name == 'sqlite' else 'EXPLAIN'} {statement.text}"
+    return "\n".join(" ".join([*map(str, row), ""]) for row in statement.fetch(connection, values))
 
 
 def asked(name: str) -> str:
@@ -126,6 +144,9 @@ def test_every_reader_has_its_index(database: str) -> None:
                     for is_following in (False, True):
                         found = explained(connection, wanted, order, is_following=is_following)
                         plans[f"{reader}, {order}, {is_following=}, {has_statistics=}"] = (found, index[kind])
+            for (wanted, are_active), index in STEPS.items():
+                found = plan_of_step(connection, wanted, are_active=are_active)
+                plans[f"a step, {wanted}, {are_active=}, {has_statistics=}"] = (found, index[kind])
             for reader, (query, index) in READERS.items():
                 plans[f"{reader}, {has_statistics=}"] = (plan(connection, query), index[kind])
         for name, indexes in DOCUMENTED.items():

@@ -13,7 +13,7 @@ from taskruns.aio import AsyncTaskRunHistory, AsyncTaskRunRepository
 from taskruns.recording import AsyncRecording, Recording
 
 # Steps between a history and its repository, no calls of a user's.
-INNER = {"open_start", "try_start", "find_start", "close_with"}
+INNER = {"open_start", "try_start", "find_start", "close_with", "take_step"}
 TWINS = [(TaskRunHistory, AsyncTaskRunHistory), (TaskRunRepository, AsyncTaskRunRepository)]
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import lru_cache
 
 from taskruns.globs import Glob
-from taskruns.model import PROBLEMS, TaskPhase, checked_exit_code, checked_name, checked_phase
+from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_exit_code, checked_name, checked_phase
 from taskruns.windows import Window
 
 Phases = TaskPhase | Iterable[TaskPhase] | None
@@ -102,6 +102,25 @@ class RunFilter:
     def only_problems(self) -> bool:
         """Whether no phase but problems is asked for."""
         return isinstance(self.phases, frozenset) and bool(self.phases) and self.phases <= PROBLEMS
+
+    def matches(self, run: TaskRun) -> bool:
+        """Whether a run, as it is, is one of those that are asked for."""
+        assert self.phases is None or isinstance(self.phases, frozenset)  # noqa: S101  (for mypy: see above)
+        return (
+            self.task_id in (None, run.task_id)
+            and (self.task_glob is None or Glob(self.task_glob).matches(run.task_id))
+            and (self.phases is None or run.phase in self.phases)
+            and self.started.contains(run.started_at)
+            and (self.finished == ANY_TIME or (run.finished_at is not None and self.finished.contains(run.finished_at)))
+            and (self.min_duration is None or (run.duration is not None and run.duration >= self.min_duration))
+            and (self.max_duration is None or (run.duration is not None and run.duration <= self.max_duration))
+            and self.exit_code in (None, run.exit_code)
+            and self.source in (None, run.source)
+            and self.submission in (None, run.submission)
+            and self.recovered in (None, run.recovered)
+            and self.active in (None, run.is_active)
+            and (self.error is None or self.error in (run.error or ""))
+        )
 
     def tightened(self) -> "RunFilter":
         """Return the same question, each window narrowed by what the other one and the durations imply.

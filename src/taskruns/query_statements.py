@@ -34,7 +34,7 @@ from taskruns.filters import RunFilter, RunOrder
 from taskruns.globs import Glob, upper_bound
 from taskruns.model import MAX_ATTEMPT, PROBLEMS, TaskPhase, TaskRun
 from taskruns.schema import IS_PROBLEM, task_runs
-from taskruns.statements import COLUMNS
+from taskruns.statements import COLUMNS, clock
 
 _T = task_runs
 _C = task_runs.c
@@ -279,6 +279,21 @@ def _after(keys: Sequence[_Key], *, descending: bool) -> ColumnElement[bool]:
         return and_(first <= value, or_(first < value, tie))
     tie = or_(task > at_task, and_(task == at_task, attempt > at_attempt))
     return and_(first >= value, or_(first > value, tie))
+
+
+def starts(question: Question, are_active: bool, dialect: str) -> Select[Any]:  # noqa: FBT001  (by place, see runs)
+    """Select when runs started, their keys, and whether that is past: ``limit`` after a place, in the order of starts.
+
+    The index alone knows all of it, on SQLite at least, where it has to be named: it would read all runs of a task.
+    """
+    keys = _order(Question(frozenset(), None, None, None), RunOrder.OLDEST, dialect)
+    where = [*conditions(question, dialect, tasks_in_range=False), _after(keys, descending=False)]
+    if are_active:
+        where.append(_C.finished_at.is_(None))
+    columns = [key for _, key, _ in keys]
+    is_past = _C.started_at <= select(clock(dialect)).scalar_subquery()
+    query = select(*columns, is_past).where(*where).order_by(*columns).limit(_LIMIT)
+    return query.with_hint(_T, f"INDEXED BY ix_task_runs_{'active' if are_active else 'started'}", "sqlite")
 
 
 def count(question: Question, dialect: str) -> Select[Any]:

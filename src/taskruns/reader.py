@@ -1,5 +1,6 @@
 """What a history answers: each call is one transaction."""
 
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, timedelta, tzinfo
 from functools import partial
@@ -9,6 +10,7 @@ from sqlalchemy import Connection, Engine
 
 from taskruns import migrate
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
+from taskruns.following import Following
 from taskruns.liveness import Supervisor
 from taskruns.model import TaskRun
 from taskruns.reading import RunPage, Unrepeated
@@ -106,6 +108,30 @@ class Reader:
     def active_runs(self, wanted: str | RunFilter | None = None) -> list[TaskRun]:
         """Return the active runs, of a task, a filter, or all, in the order they started."""
         return self._ask(lambda runs: runs.active_runs(wanted))
+
+    def follow(self, wanted: str | RunFilter | None = None, *, interval: float = 1.0) -> Iterator[TaskRun]:
+        """Yield runs as they start and again as they end, of a task, a filter, or all, without an end.
+
+        First come those that are active. Each is yielded if it meets the filter as it is then: one with ``phases`` of
+        an end yields no starts. An outcome that changes within a minute is yielded again. What is written down later
+        than 10 s after its start, such as by an import, is yielded if it is still active, or nothing newer was seen.
+        A step makes two cheap queries, three where something happened: all of them find their runs by an index.
+
+        Args:
+            wanted: which runs.
+            interval: seconds between two steps, at least 0.1; with much to tell they follow each other sooner.
+
+        Raises:
+            ValueError: the interval is too short.
+        """
+        following = Following(filter_of(wanted), interval=interval)
+        while True:
+            yield from self.take_step(following)
+            time.sleep(following.pause)
+
+    def take_step(self, following: Following) -> list[TaskRun]:
+        """Return what has happened since the last step of some following."""
+        return self._call(lambda connection, _lost: following.step(connection))
 
     def all_runs(self, task_id: str | None = None) -> Iterator[TaskRun]:
         """Yield the runs of one task or of all, in the order of task id and attempt: the memory it takes is constant.

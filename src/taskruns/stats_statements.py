@@ -104,4 +104,7 @@ def parts(
 
 def _runs(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Subquery:
     query = select(part.label("part"), _C.phase, duration(dialect).label("span"), _C.finished_at)
-    return by_problems_of_task(query.where(*conditions(question, dialect), *some), question).subquery("run")
+    query = by_problems_of_task(query.where(*conditions(question, dialect), *some), question)
+    if dialect == "sqlite":  # which else computes a duration anew wherever it is named
+        query = query.limit(literal_column("-1"))
+    return query.subquery("run")

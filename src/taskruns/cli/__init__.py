@@ -19,6 +19,8 @@ _COMMANDS = {
     "tasks": "tasks",
     "active": "queries",
     "last": "queries",
+    "watch": "watch",
+    "stats": "stats",
     "ingest": "ingest",
     "replay": "replay",
     "export": "transfer",

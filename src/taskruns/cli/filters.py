@@ -119,8 +119,12 @@ def filter_options(command: F) -> F:
                 max_duration=None if max_duration is None else timedelta(seconds=max_duration),
                 **{name: others.pop(name) for name in names},
             )
+            for window in (wanted.started, wanted.finished):  # they may be shown
+                _ = [moment.astimezone(zone) for moment in (window.since, window.until) if moment is not None]
         except ValueError as error:
             raise click.UsageError(str(error)) from None
+        except OverflowError:
+            raise click.UsageError(f"a time is out of range in {zone}") from None
         return command(wanted=wanted, zone=zone, **others)
 
     for option in reversed(_OPTIONS):

@@ -41,7 +41,9 @@ _COLUMNS: Sequence[Column] = (
 )
 _ENDED: Column = ("ENDED", "ended")
 
-_NUMBERS = frozenset({"ATTEMPT", "DURATION", "EXIT", "ACTIVE", "LAST SEEN", "RATE", "MEDIAN", "RUNS"})
+_NUMBERS = frozenset({"ATTEMPT", "DURATION", "EXIT", "ACTIVE", "LAST SEEN", "RATE", "MEDIAN", "RUNS"}) | {
+    *("PROBLEMS", "SUCCESS", "P50", "P95")
+}
 _LEAST = {"TASK": 12, "SOURCE": 6, "SUPERVISOR": 10, "ERROR": 10}
 """Cells that a column keeps where there is little room. No other gives way at all."""
 
@@ -64,11 +66,15 @@ def is_narrow() -> bool:
     return sys.stdout.isatty() and Console().width < _NARROW
 
 
+def holds_unicode() -> bool:
+    """Whether the output can hold every character."""
+    return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+
+
 def print_json(wire: Mapping[str, Any]) -> None:
     """Print an object as a line of JSON."""
     # What cannot hold every character gets them escaped; the object is the same.
-    ascii_only = not (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
-    click.echo(json.dumps(wire, ensure_ascii=ascii_only))
+    click.echo(json.dumps(wire, ensure_ascii=not holds_unicode()))
 
 
 def print_table(runs: Iterable[TaskRun], columns: Sequence[Column], zone: tzinfo = UTC) -> None:

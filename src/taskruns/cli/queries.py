@@ -56,8 +56,8 @@ def runs_command(
     with database().reading() as history:
         if only_count:
             count = history.count_runs(wanted)
-            if count == 0 and _is_unknown(history, wanted):
-                return _unknown(str(wanted.task_id))
+            if count == 0 and is_unknown(history, wanted):
+                return unknown(str(wanted.task_id))
             print_json({"runs": count}) if as_json else click.echo(str(count))
             return 0
         return _list(history, wanted, order or RunOrder.NEWEST, zone, limit=limit, after=after, as_json=as_json)
@@ -91,8 +91,8 @@ def _list(
         left = None if left is None else left - len(page.runs)
         if after is None:
             break
-    if not is_any and _is_unknown(history, wanted):
-        return _unknown(str(wanted.task_id))
+    if not is_any and is_unknown(history, wanted):
+        return unknown(str(wanted.task_id))
     if not as_json:
         print_table(shown, columns_of(wanted), zone)
     if after is not None:
@@ -100,7 +100,8 @@ def _list(
     return 0
 
 
-def _is_unknown(history: Reader, wanted: RunFilter) -> bool:
+def is_unknown(history: Reader, wanted: RunFilter) -> bool:
+    """Whether it is a task that was asked for, and it has no run at all."""
     return wanted.task_id is not None and history.last_run(wanted.task_id) is None
 
 
@@ -115,7 +116,7 @@ def show_command(task: str, attempt: int | None, zone: tzinfo, as_json: bool) ->
     with database().reading() as history:
         run = history.last_run(task) if attempt is None else history.get_run(task, attempt)
         if run is None:
-            return _unknown(task if attempt is None or history.last_run(task) is None else f"{task} {attempt}")
+            return unknown(task if attempt is None or history.last_run(task) is None else f"{task} {attempt}")
         _print_one(run, zone, as_json=as_json)
         return 0
 
@@ -134,7 +135,7 @@ def last_command(task: str, phases: list[TaskPhase], problems: bool, zone: tzinf
         if run is not None:
             _print_one(run, zone, as_json=as_json)
         elif history.last_run(task) is None:
-            return _unknown(task)
+            return unknown(task)
         return 0
 
 
@@ -149,8 +150,8 @@ def active_command(task: str | None, limit: int | None, zone: tzinfo, as_json: b
     wanted = RunFilter(*task_and_glob(task), active=True)
     with database().reading() as history:
         active = history.active_runs(wanted)
-        if not active and _is_unknown(history, wanted):
-            return _unknown(str(wanted.task_id))
+        if not active and is_unknown(history, wanted):
+            return unknown(str(wanted.task_id))
     most = limit or (None if as_json else ROWS)
     if as_json:
         for run in active[:most]:
@@ -169,6 +170,7 @@ def _print_one(run: TaskRun, zone: tzinfo, *, as_json: bool) -> None:
         print_run(run, zone)
 
 
-def _unknown(what: str) -> int:
+def unknown(what: str) -> int:
+    """Say that there is no such run, and return the exit status."""
     complain(f"no run of {printable(what)}")
     return 1
