@@ -157,8 +157,9 @@ class Asked:
         asked = RunFilter(**vars(wanted))
         found = [run for page in self._pages(asked, order, size) for run in page]
         assert (wanted, order, size, found) == (wanted, order, size, expected)
-        count = len(self.memory.wanted(wanted))
-        assert (wanted, self._history.count_runs(asked)) == (wanted, count)
+        those = self.memory.wanted(wanted)
+        assert (wanted, self._history.count_runs(asked)) == (wanted, len(those))
+        assert (wanted, list(filter(asked.matches, self.memory.runs))) == (wanted, those)
 
     def _pages(self, asked: RunFilter, order: RunOrder, size: int) -> Iterator[list[TaskRun]]:
         after = None

@@ -156,6 +156,11 @@ class Span(StrEnum):
     DAY = "day"
     HOUR = "hour"
 
+    @property
+    def seconds(self) -> int:
+        """How long one is, but for those in which clocks are put forward or back."""
+        return 86400 if self is Span.DAY else 3600
+
     def number(self, moment: datetime, zone: tzinfo) -> int:
         """Return the day in which a moment is, as days since 1970, or when its hour began, as seconds since then."""
         local = _in_zone(moment, zone)

@@ -17,6 +17,7 @@ from sqlalchemy import (
     select,
 )
 
+from taskruns.model import TaskPhase
 from taskruns.query_statements import Question, by_problems_of_task, conditions, duration
 from taskruns.schema import task_runs
 from taskruns.stats import Span
@@ -65,9 +66,10 @@ def part_number(by: Span, segments: Segments, dialect: str) -> ColumnElement[int
     if len(segments) > 1:
         offset = case(*((_C.started_at < until, _constant(value)) for until, value in segments[:-1]), else_=offset)
     shifted = literal_column(seconds, type_=BigInteger()) + offset
+    number = _divided(shifted, by.seconds, dialect)
     if by is Span.DAY:
-        return _divided(shifted, 86400, dialect) - _constant(_ERA // 86400)
-    return _divided(shifted, 3600, dialect) * _constant(3600) - offset - _constant(_ERA)
+        return number - _constant(_ERA // by.seconds)
+    return number * _constant(by.seconds) - offset - _constant(_ERA)
 
 
 def _constant(value: int) -> ColumnElement[int]:
@@ -88,7 +90,7 @@ def parts(
     percentiles of the part, at the nearest rank, those that are the duration of a run in this phase.
     """
     run = _runs(question, part, dialect, *some)
-    in_order = func.row_number().over(partition_by=run.c.part, order_by=[run.c.span.is_(None), run.c.span])
+    in_order = func.row_number().over(partition_by=run.c.part, order_by=func.coalesce(run.c.span, _constant(2**63 - 1)))
     size = func.count(run.c.span).over(partition_by=run.c.part)
     ranked = select(*run.c, in_order.label("place"), size.label("size")).subquery("ranked")
 
@@ -103,7 +105,10 @@ def parts(
 
 
 def _runs(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Subquery:
-    query = select(part.label("part"), _C.phase, duration(dialect).label("span"), _C.finished_at)
+    phase: ColumnElement[Any] = _C.phase
+    if dialect not in ("sqlite", "postgresql"):  # whose tables in between have room for the longest text there may be
+        phase = literal_column(f"CAST(phase AS CHAR({max(map(len, TaskPhase))}))", phase.type)
+    query = select(part.label("part"), phase.label("phase"), duration(dialect).label("span"), _C.finished_at)
     query = by_problems_of_task(query.where(*conditions(question, dialect), *some), question)
     if dialect == "sqlite":  # which else computes a duration anew wherever it is named
         query = query.limit(literal_column("-1"))
