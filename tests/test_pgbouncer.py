@@ -13,7 +13,7 @@ from servers import Databases, as_user, available, free_port, missing, own_direc
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
-from taskruns import TaskPhase, TaskRun, TaskRunHistory, migrate
+from taskruns import PROBLEMS, RunFilter, Span, TaskPhase, TaskRun, TaskRunHistory, migrate
 from taskruns.aio import AsyncTaskRunHistory
 
 SETTINGS = """
@@ -103,6 +103,22 @@ def test_everything_works_without_sessions(pgbouncer: str) -> None:
         with ThreadPoolExecutor(10) as pool:
             attempts = sorted(run.attempt for run in pool.map(record, range(100)))
         assert attempts == list(range(1, 101))
+
+
+def test_questions_are_answered_without_sessions(pgbouncer: str) -> None:
+    with TaskRunHistory.connect(pgbouncer) as history:
+        history.upgrade()
+        for number in range(30):
+            history.close_run("job", history.open_run("job").attempt, list(PROBLEMS)[number % 3])
+
+        def ask(_: int) -> tuple[int, ...]:
+            page = history.runs(RunFilter(task_glob="j*"), phases=PROBLEMS, limit=4)
+            following = history.runs(RunFilter(task_glob="j*"), phases=PROBLEMS, limit=4, after=page.next_cursor)
+            [summary] = history.summaries("j*")
+            return page.runs[0].attempt, following.runs[-1].attempt, history.stats(by=Span.DAY).runs, summary.stats.runs
+
+        with ThreadPoolExecutor(10) as pool:
+            assert set(pool.map(ask, range(50))) == {(30, 23, 30, 30)}
 
 
 def test_everything_works_without_sessions_asynchronously(pgbouncer: str) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, insert
 
-from taskruns import PROBLEMS, TaskPhase, TaskRun, TaskRunHistory
+from taskruns import PROBLEMS, RunFilter, RunOrder, TaskPhase, TaskRun, TaskRunHistory, Window
 from taskruns.reader import PAGE
 from taskruns.schema import task_runs
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
+EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
 def attempts(runs: Iterable[TaskRun]) -> list[int]:
@@ -203,3 +204,53 @@ def test_reads_of_a_transaction_see_its_own_writes(history: TaskRunHistory) -> N
         assert runs.runs("job").runs == [run]
         assert runs.active_runs() == [run]
         assert runs.tasks() == [run]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"min_duration": timedelta.min},
+        {"max_duration": timedelta.max},
+        {"started": Window(EARLIEST), "finished": Window(EARLIEST, LATEST), "max_duration": timedelta.max},
+    ],
+)
+def test_the_ends_of_time_can_be_asked_for(history: TaskRunHistory, wanted: dict[str, Any]) -> None:
+    history.close_run("job", history.open_run("job").attempt, TaskPhase.FAILED)
+    assert history.count_runs(RunFilter(**wanted)) == 1
+    assert history.count_runs(RunFilter(**wanted | {"min_duration": timedelta.max})) == 0
+
+
+def test_any_number_of_runs_can_be_asked_for(history: TaskRunHistory) -> None:
+    run = history.open_run("job")
+    for limit in (2**31 - 1, 2**31, 2**70):
+        assert history.runs(limit=limit).runs == history.tasks(limit=limit) == [run]
+        assert [summary.last_run for summary in history.summaries(limit=limit)] == [run]
+
+
+@pytest.mark.parametrize("text", ["", "\0", "a\ud800"])
+def test_text_that_no_error_has_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="to look for in errors"):
+        RunFilter(error=text, started=Window(NOON))
+
+
+def test_ended_runs_are_not_active(history: TaskRunHistory) -> None:
+    history.open_run("job")
+    assert history.active_runs(RunFilter(active=False)) == []
+
+
+def test_a_run_whose_end_is_told_meanwhile_does_not_come_again(
+    history: TaskRunHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskruns.reader.PAGE", 1)
+    monkeypatch.setattr("taskruns.aio.reader.PAGE", 1)
+    ends = [NOON + timedelta(hours=number) for number in range(4)]
+    runs = [
+        TaskRun("job", 1 + number, TaskPhase.FAILED, NOON, end, recovered=not number) for number, end in enumerate(ends)
+    ]
+    history.add_runs(runs)
+    found = []
+    for run in history.iter_runs(phases=PROBLEMS, order=RunOrder.OLDEST):
+        found.append(run)
+        if run.recovered:
+            history.close_run("job", run.attempt, TaskPhase.TIMEOUT, finished_at=ends[2])
+    assert found == runs

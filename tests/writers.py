@@ -2,17 +2,22 @@
 
 import json
 import mmap
+import random
 import resource
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import IO, Any, Self
+from zoneinfo import ZoneInfo
 
-from taskruns import RunClosedError, TaskPhase, TaskRunHistory
+from taskruns import Retention, RunClosedError, RunNotFoundError, Span, TaskPhase, TaskRun, TaskRunHistory
 from taskruns.retention import EMBEDDED
+
+NOW = datetime.now(UTC)
 
 
 class Writer:
@@ -143,6 +148,41 @@ def writing_until(history: TaskRunHistory, stop: str) -> None:
     say([count, longest])
 
 
+def churning(history: TaskRunHistory, seed: str, stop: str) -> None:
+    """Do all that can be done to runs until there is a file; tell how many."""
+    choose, count = random.Random(seed), 0
+    while not Path(stop).exists():
+        count += 1
+        task, ago = f"task {choose.randrange(20)}", timedelta(hours=choose.uniform(24, 48))
+        old = TaskRun(task, choose.randrange(1, 10**6), TaskPhase.FAILED, NOW - 500 * ago, NOW - 499 * ago)
+        lost = TaskRun.starting(task, choose.randrange(1, 10**6), started_at=NOW - ago)
+        history.add_runs([old, lost])
+        run = history.open_run(task)
+        history.close_run(task, run.attempt, choose.choice([TaskPhase.SUCCEEDED, TaskPhase.FAILED]), exit_code=None)
+        history.recover(unsupervised_after=0)
+        for known, phase in ((run, TaskPhase.TIMEOUT), (lost, TaskPhase.EXHAUSTED)):
+            with suppress(RunClosedError, RunNotFoundError):
+                history.close_run(task, known.attempt, phase, error="after all")
+        if count % 5 == int(seed) % 5:
+            history.prune(Retention(keep=0))
+    say(count)
+
+
+def peak_memory() -> int:
+    """Return the peak of this process in KiB; ``getrusage`` counts what the one that started it had."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+def summing_up_measured(history: TaskRunHistory) -> None:
+    """Tell the statistics of all runs, by day in Berlin, and the peak of the memory in KiB before and after."""
+    history.stats("nothing", by=Span.DAY)
+    before = peak_memory()
+    stats = history.stats(by=Span.DAY, zone=ZoneInfo("Europe/Berlin"))
+    peak = peak_memory()
+    parts = [[part.start.isoformat(), part.stats.to_wire()] for part in stats.parts]
+    say([before, peak, stats.to_wire(), parts])
+
+
 def pruning(history: TaskRunHistory) -> None:
     """Prune by the policy of the default database; tell after each step how many runs that were."""
     say(history.prune(EMBEDDED, on_progress=say))
@@ -168,6 +208,8 @@ ROLES: dict[str, Callable[..., None]] = {
     "close": closing,
     "acknowledge": acknowledging,
     "write until": writing_until,
+    "churn": churning,
+    "stats measured": summing_up_measured,
     "prune": pruning,
     "prune measured": pruning_measured,
 }

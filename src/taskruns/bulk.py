@@ -12,7 +12,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, insert
+from sqlalchemy import Connection, insert
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -182,7 +182,7 @@ def _add_to_sqlite(connection: Connection, rows: list[Row]) -> tuple[int, dict[K
     """
     if not rows:
         return 0, {}
-    statement = _sqlite_insert(connection.dialect, skip=True)
+    statement = _sqlite_insert(skip=True)
     added = connection.exec_driver_sql(statement, list(map(_sqlite_values, rows))).rowcount
     return added, _stored(connection, rows) if added < len(rows) else {}
 
@@ -234,7 +234,7 @@ def insert_rows(connection: Connection, rows: Sequence[Row], supervisor_id: int 
     if (dialect.name, dialect.driver) == ("postgresql", "psycopg"):
         _copy(connection, "".join(map(_copy_line, rows)).encode())
     elif dialect.name == "sqlite":
-        connection.exec_driver_sql(_sqlite_insert(dialect, skip=False), list(map(_sqlite_values, rows)))
+        connection.exec_driver_sql(_sqlite_insert(skip=False), list(map(_sqlite_values, rows)))
     else:
         connection.execute(_INSERT, list(map(_parameters, rows)))
 
@@ -247,11 +247,11 @@ def _parameters(row: Row) -> dict[str, Any]:
 
 
 @cache
-def _sqlite_insert(dialect: Dialect, *, skip: bool) -> str:
+def _sqlite_insert(*, skip: bool) -> str:
     statement = sqlite.insert(task_runs)
     if skip:
         statement = statement.on_conflict_do_nothing(index_elements=["task_id", "attempt"])
-    return str(statement.compile(dialect=dialect, column_keys=_COLUMNS))
+    return str(statement.compile(dialect=sqlite.dialect(), column_keys=_COLUMNS))
 
 
 def _sqlite_values(row: Row) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """Which runs are asked for, and in which order. Pure."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -81,9 +82,15 @@ class RunFilter:
             if value is not None and not isinstance(value, timedelta):
                 raise TypeError(f"{name} is a timedelta or None, not {value!r}")
         checked_exit_code(self.exit_code)
-        if self.error is not None and not self.error:
+        if self.error is not None:
+            self._check_error(self.error)
+
+    def _check_error(self, error: str) -> None:
+        if not error:
             raise ValueError("the text to look for in errors is empty")
-        if self.error is not None and not self.has_window:
+        if re.search("[\0\ud800-\udfff]", error):
+            raise ValueError(f"a text to look for in errors has no NUL and is valid Unicode: {error!r}")
+        if not self.has_window:
             raise ValueError("a text in the error is looked for in a window of time: give one of start or end")
 
     @property

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
@@ -75,7 +74,8 @@ class Prepared:
 
 def prepared(dialect: Dialect, build: Callable[..., ClauseElement], *arguments: Any) -> Prepared:
     """Return the statement that ``build`` makes of some arguments, compiled at its first use."""
-    kept = _kept.setdefault(dialect, {})
+    # The dialect holds what holds it: they go together, which they never did from a dictionary with weak keys.
+    kept: dict[Any, Prepared] = vars(dialect).setdefault("_taskruns_prepared", {})
     key = (build, arguments)
     found = kept.get(key)
     if found is None:
@@ -83,9 +83,6 @@ def prepared(dialect: Dialect, build: Callable[..., ClauseElement], *arguments: 
             kept.clear()
         found = kept[key] = Prepared(build(*arguments), dialect)
     return found
-
-
-_kept: WeakKeyDictionary[Dialect, dict[Any, Prepared]] = WeakKeyDictionary()
 
 
 _put = tuple(vars(TaskRun)[field.name].__set__ for field in fields(TaskRun))

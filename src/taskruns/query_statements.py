@@ -43,6 +43,10 @@ _NO_LIMIT: ColumnElement[int] = literal_column(str(2**31 - 1))
 """A limit keeps an optimizer from moving what is outside of a subquery into it."""
 
 
+_FAR = 2**63 - 1
+"""The highest number that a database takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is asked, without the values: questions that are equal have the same statement."""
@@ -102,7 +106,8 @@ def parameters(wanted: RunFilter, dialect: str) -> dict[str, Any]:
 
 
 def _microseconds(span: timedelta | None) -> int | None:
-    return None if span is None else span // timedelta(microseconds=1)
+    # The longest of all do not fit; no run is as long as what does.
+    return None if span is None else max(-_FAR, min(span // timedelta(microseconds=1), _FAR))
 
 
 def _bind(name: str, column: ColumnElement[Any]) -> Any:

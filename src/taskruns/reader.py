@@ -14,7 +14,7 @@ from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
 from taskruns.following import Following
 from taskruns.liveness import Supervisor
 from taskruns.model import TaskRun
-from taskruns.reading import RunPage
+from taskruns.reading import RunPage, Unrepeated
 from taskruns.repository import TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stats import RunStats, Span
@@ -88,12 +88,15 @@ class Reader:
         phases: Phases = None,
         order: RunOrder = RunOrder.NEWEST,
     ) -> Iterator[TaskRun]:
-        """Yield all runs of a task, a filter, or all, a page at a time: the memory it takes is constant."""
-        wanted = filter_of(wanted, phases)
+        """Yield all runs of a task, a filter, or all, a page at a time: the memory it takes is constant.
+
+        None comes twice, and none is missed that is the same all the while.
+        """
+        wanted, unrepeated = filter_of(wanted, phases), Unrepeated()
         after = None
         while True:
             page = self.runs(wanted, order=order, limit=PAGE, after=after)
-            yield from page.runs
+            yield from unrepeated.of(page.runs)
             after = page.next_cursor
             if after is None:
                 return

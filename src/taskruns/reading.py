@@ -18,7 +18,7 @@ from taskruns.stats import PERCENTS, DurationStats, Ended, RunStats, Span, Stats
 from taskruns.times import parse_time, rfc3339
 from taskruns.writing import key_of
 
-_ALL = 2**31 - 1
+_ALL = 2**31 - 2
 
 FEW = 5_000
 """Runs that are sorted rather than found in order; and that statistics are made of here, not by the database."""
@@ -36,13 +36,30 @@ class RunPage:
     """What to give as ``after`` for the page that follows; None if there is none."""
 
 
+class Unrepeated:
+    """Leaves out the runs of a list that come again: their true start or end was told meanwhile, which is their place.
+
+    Only those are remembered of which it can be told yet.
+    """
+
+    def __init__(self) -> None:
+        self._may_come_again: set[tuple[str, int]] = set()
+
+    def of(self, runs: list[TaskRun]) -> list[TaskRun]:
+        """Return those of a page that have not come before."""
+        known = self._may_come_again
+        new = [run for run in runs if (run.task_id, run.attempt) not in known] if known else runs
+        known.update((run.task_id, run.attempt) for run in runs if run.recovered or run.start_inferred)
+        return new
+
+
 def page(connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: int, after: str | None) -> RunPage:
     """Return a page of runs.
 
     Raises:
         ValueError: ``limit`` is less than 1, ``after`` is no cursor of this list, or it has no order without a window.
     """
-    check_limit(limit)
+    limit = check_limit(limit)
     found = _fetched(connection, wanted, order, limit=limit + 1, after=after)
     if len(found) <= limit:
         return RunPage(found, None)
@@ -63,6 +80,8 @@ def last_run(connection: Connection, wanted: RunFilter) -> TaskRun | None:
 
 def active_runs(connection: Connection, wanted: RunFilter) -> list[TaskRun]:
     """Return those that are active, in the order they started."""
+    if wanted.active is False:
+        return []
     found = _fetched(connection, replace(wanted, active=True), RunOrder.OLDEST, limit=_ALL)
     return found if wanted.task_id is None else sorted(found, key=lambda run: (run.started_at, run.attempt))
 
@@ -109,7 +128,7 @@ def all_runs(
     Raises:
         ValueError: ``limit`` is less than 1, or ``after`` is no key.
     """
-    check_limit(limit)
+    limit = check_limit(limit)
     # Two questions, as not every database looks up a pair that is greater than another by the key.
     found: list[TaskRun] = []
     dialect = connection.dialect
@@ -135,9 +154,7 @@ def tasks(
     Raises:
         ValueError: ``limit`` is less than 1, or ``after`` is no task id.
     """
-    if limit is not None:
-        check_limit(limit)
-    values: dict[str, Any] = {"limit": _ALL if limit is None else limit}
+    values: dict[str, Any] = {"limit": _ALL if limit is None else check_limit(limit)}
     start = None
     if after is not None:
         start, values["after"] = "after", checked_name(after, "task id")
@@ -184,15 +201,24 @@ def stats(connection: Connection, wanted: RunFilter, *, by: Span | None, zone: t
         if by is not None:
             parts = stats_by(runs, lambda started_at: by.number(started_at, zone))
     else:
-        found = _sorted_there(connection, question, values, stats_statements.ALL)[0]
+        # There may be none left, since others write.
+        found = _sorted_there(connection, question, values, stats_statements.ALL).get(0, RunStats())
         if by is not None:
-            first, last = connection.execute(stats_statements.starts(question, dialect.name), dict(values)).one()
-            segments = by.segments(zone, first, last)
-            part = stats_statements.part_number(by.seconds, segments, dialect.name)
-            parts = _sorted_there(connection, question, values, part)
+            parts = _parts_there(connection, question, values, by, zone)
     if by is None:
         return found
     return replace(found, parts=tuple(StatsPart(by.start(number, zone), parts[number]) for number in sorted(parts)))
+
+
+def _parts_there(
+    connection: Connection, question: Question, values: Mapping[str, Any], by: Span, zone: tzinfo
+) -> dict[int, RunStats]:
+    dialect = connection.dialect.name
+    first, last = connection.execute(stats_statements.starts(question, dialect), dict(values)).one()
+    if first is None:
+        return {}
+    part = stats_statements.part_number(by, by.segments(zone, first, last), dialect)
+    return _sorted_there(connection, question, values, part)
 
 
 def stats_of_tasks(connection: Connection, wanted: RunFilter, latest: Sequence[TaskRun]) -> dict[str, RunStats]:
@@ -225,28 +251,21 @@ def _sorted_there(
     *some: ColumnElement[bool],
 ) -> dict[Any, RunStats]:
     """Return the statistics of each part of some runs, of which the database has sorted the durations."""
-    dialect = connection.dialect.name
-    given = dict(values)
-    ranked = {
-        row[0]: row[1:]
-        for row in connection.execute(stats_statements.percentiles(question, part, PERCENTS, dialect, *some), given)
-    }
-    phases: dict[Any, list[Any]] = {}
-    for key, *of_phase in connection.execute(stats_statements.sums(question, part, dialect, *some), given):
-        phases.setdefault(key, []).append(of_phase)
-    return {key: _stats_of_parts(of_part, ranked.get(key)) for key, of_part in phases.items()}
+    query = stats_statements.parts(question, part, PERCENTS, connection.dialect.name, *some)
+    parts: dict[Any, list[Any]] = {}
+    for key, *of_phase in connection.execute(query, dict(values)):
+        parts.setdefault(key, []).append(of_phase)
+    return {key: _stats_of_phases(phases) for key, phases in parts.items()}
 
 
-def _stats_of_parts(phases: Sequence[Any], percentiles: Sequence[int] | None) -> RunStats:
+def _stats_of_phases(phases: Sequence[Any]) -> RunStats:
     ended = [row for row in phases if row[5] is not None]
     duration = None
-    if ended and percentiles is not None:
-        runs, totals, least, most = (
-            [int(value) for value in column] for column in zip(*(row[1:5] for row in ended), strict=True)
-        )
-        spans = [min(least), *map(int, percentiles), max(most)]
-        mean = timedelta(microseconds=sum(totals)) / sum(runs)
-        duration = DurationStats(mean, *(timedelta(microseconds=span) for span in spans))
+    if ended:
+        runs, totals, least, most, _, *ranks = zip(*(row[1:] for row in ended), strict=True)
+        spans = [min(least), *(next(span for span in spans if span is not None) for spans in ranks), max(most)]
+        mean = timedelta(microseconds=int(sum(totals))) / sum(runs)
+        duration = DurationStats(mean, *(timedelta(microseconds=int(span)) for span in spans))
     last = {row[0]: row[5] for row in ended}
     return RunStats({row[0]: row[1] for row in phases}, duration, *last_ends(last))
 
@@ -269,10 +288,11 @@ def _is_short(connection: Connection, wanted: RunFilter) -> bool:
     return int(statement.fetch(connection, {**values, "most": MANY + 1})[0][0]) <= MANY
 
 
-def check_limit(limit: int) -> None:
-    """Check how many are asked for."""
+def check_limit(limit: int) -> int:
+    """Return how many are asked for, if it is a number that can be, or all there can be."""
     if limit < 1:
         raise ValueError(f"limit must be 1 or more, not {limit}")
+    return min(limit, _ALL)
 
 
 _CURSOR = re.compile(r"((?P<time>[0-9T:.Z-]+)/|(?P<span>[0-9]{1,18})us/)?(?P<attempt>[0-9]{1,10})(/(?P<task>.+))?")

@@ -147,7 +147,8 @@ class TaskRunRepository:
     ) -> RunPage:
         """Return a page of runs: those of a task, those that a filter wants, or of all.
 
-        Runs that are opened, closed or deleted meanwhile neither shift nor repeat what the following pages hold.
+        Runs that are opened, closed or deleted meanwhile neither shift nor repeat what the following pages hold. Only
+        one whose start or end turns out to be another meanwhile, such as one that was recovered, may come again.
 
         Raises:
             ValueError: ``limit`` is less than 1, ``after`` is no cursor of such a list, a phase does not exist, or the

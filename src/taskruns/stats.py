@@ -13,8 +13,10 @@ from taskruns.times import rfc3339
 PERCENTS = (50, 95, 99)
 
 _MICROSECOND = timedelta(microseconds=1)
+_SECOND = timedelta(seconds=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_DAY = date(1970, 1, 1).toordinal()
+_FIRST_SECOND = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _SECOND
 
 
 def nearest_rank(percent: int, count: int) -> int:
@@ -156,44 +158,53 @@ class Span(StrEnum):
 
     @property
     def seconds(self) -> int:
-        """How long one is, but for the days on which clocks are put forward or back."""
+        """How long one is, but for those in which clocks are put forward or back."""
         return 86400 if self is Span.DAY else 3600
 
     def number(self, moment: datetime, zone: tzinfo) -> int:
-        """Return the number of the day, or of the hour, in which a moment is, since 1970."""
-        local = moment.astimezone(zone)
+        """Return the day in which a moment is, as days since 1970, or when its hour began, as seconds since then."""
+        local = _in_zone(moment, zone)
         if self is Span.DAY:
             return local.toordinal() - _FIRST_DAY
-        return ((moment - _EPOCH) // timedelta(seconds=1) + _offset(local) % 3600) // 3600
+        seconds = (moment - _EPOCH) // _SECOND
+        return seconds - (seconds + _offset(local)) % 3600
 
     def start(self, number: int, zone: tzinfo) -> datetime:
         """Return when the day or hour of a number begins, in the time zone."""
-        if self is Span.DAY:
-            midnight = datetime.combine(date.fromordinal(number + _FIRST_DAY), datetime.min.time(), zone)
-            return midnight.astimezone(UTC).astimezone(zone)  # clocks may be put forward at midnight
-        begin = _EPOCH + timedelta(hours=number)
-        return (begin - timedelta(seconds=_offset(begin.astimezone(zone)) % 3600)).astimezone(zone)
+        if self is Span.HOUR:
+            return _in_zone(_EPOCH + max(number, _FIRST_SECOND) * _SECOND, zone)
+        midnight = datetime.combine(date.fromordinal(number + _FIRST_DAY), datetime.min.time(), zone)
+        return _in_zone(_in_zone(midnight, UTC), zone)  # clocks may be put forward at midnight
 
     def segments(self, zone: tzinfo, since: datetime, until: datetime) -> tuple[tuple[datetime | None, int], ...]:
         """Return the offsets, in seconds, by which the numbers of some time are found, and until when."""
+        since, until = since.replace(microsecond=0), until.replace(microsecond=0)  # clocks change at whole seconds
         found: list[tuple[datetime | None, int]] = []
         moment, offset = since, self._offset(since, zone)
         while moment < until:
-            following = min(moment + timedelta(days=1), until)
+            following = moment + min(timedelta(days=1), until - moment)
             changed = self._offset(following, zone)
             if changed != offset:
                 low, high = moment, following
-                while high - low > timedelta(seconds=1):
-                    middle = (low + (high - low) / 2).replace(microsecond=0)
+                while high - low > _SECOND:
+                    middle = low + (high - low) // _SECOND // 2 * _SECOND
                     low, high = (middle, high) if self._offset(middle, zone) == offset else (low, middle)
-                found.append((high.replace(microsecond=0), offset))
+                found.append((high, offset))
             moment, offset = following, changed
         return (*found, (None, offset))
 
     def _offset(self, moment: datetime, zone: tzinfo) -> int:
-        offset = _offset(moment.astimezone(zone))
+        offset = _offset(_in_zone(moment, zone))
         return offset if self is Span.DAY else offset % 3600
 
 
+def _in_zone(moment: datetime, zone: tzinfo) -> datetime:
+    """Return a moment by the clock of a zone, or as it is where that would be before the year 1 or after 9999."""
+    try:
+        return moment.astimezone(zone)
+    except OverflowError:
+        return moment
+
+
 def _offset(local: datetime) -> int:
-    return (local.utcoffset() or timedelta(0)) // timedelta(seconds=1)
+    return (local.utcoffset() or timedelta(0)) // _SECOND

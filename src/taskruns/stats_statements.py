@@ -18,8 +18,10 @@ from sqlalchemy import (
     select,
 )
 
+from taskruns.model import TaskPhase
 from taskruns.query_statements import Question, by_problems_of_task, conditions, duration
 from taskruns.schema import task_runs
+from taskruns.stats import Span
 
 _C = task_runs.c
 
@@ -40,8 +42,8 @@ def of_tasks(task_ids: Sequence[str], *, by_key: bool) -> ColumnElement[bool]:
 Segments = tuple[tuple[datetime | None, int], ...]
 """The offsets of a time zone: until when each holds, None for ever, and its seconds."""
 
-_ERA = 1_000_000
-"""Days, or hours, that are added while they are counted: databases round what is negative differently."""
+_ERA = 62_135_596_800
+"""Seconds from the year 1 until 1970: databases round what is negative differently."""
 
 
 def starts(question: Question, dialect: str) -> Select[Any]:
@@ -56,17 +58,20 @@ TASK: ColumnElement[Any] = _C.task_id
 """The parts that are tasks."""
 
 
-def part_number(unit: int, segments: Segments, dialect: str) -> ColumnElement[int]:
-    """Return the number of the day or hour, of ``unit`` seconds, in which a run started: see :class:`stats.Span`."""
+def part_number(by: Span, segments: Segments, dialect: str) -> ColumnElement[int]:
+    """Return the number of the day or hour in which a run started: see :class:`stats.Span`."""
     seconds = {
-        "sqlite": "CAST(strftime('%s', substr(started_at, 1, 19)) AS INTEGER)",
-        "postgresql": "CAST(floor(extract(epoch FROM started_at)) AS bigint)",
-    }.get(dialect, "timestampdiff(SECOND, '1970-01-01', started_at)")
+        "sqlite": f"(CAST(strftime('%s', substr(started_at, 1, 19)) AS INTEGER) + {_ERA})",
+        "postgresql": f"(CAST(floor(extract(epoch FROM started_at)) AS bigint) + {_ERA})",
+    }.get(dialect, "timestampdiff(SECOND, '0001-01-01', started_at)")
     offset: ColumnElement[int] = _constant(segments[-1][1])
     if len(segments) > 1:
         offset = case(*((_C.started_at < until, _constant(value)) for until, value in segments[:-1]), else_=offset)
-    shifted = literal_column(seconds, type_=BigInteger()) + offset + _constant(_ERA * unit)
-    return _divided(shifted, unit, dialect) - _constant(_ERA)
+    shifted = literal_column(seconds, type_=BigInteger()) + offset
+    number = _divided(shifted, by.seconds, dialect)
+    if by is Span.DAY:
+        return number - _constant(_ERA // by.seconds)
+    return number * _constant(by.seconds) - offset - _constant(_ERA)
 
 
 def _constant(value: int) -> ColumnElement[int]:
@@ -78,39 +83,34 @@ def _divided(value: ColumnElement[int], divisor: int, dialect: str) -> ColumnEle
     return value.self_group().op(divide)(_constant(divisor))
 
 
-def sums(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Select[Any]:
-    """Select what can be added up, for each part and phase.
-
-    These are how many runs there are, of their durations the sum, the least and the most, and the last end.
-    """
-    run = _runs(question, part, dialect, *some)
-    spans = [func.sum(run.c.span), func.min(run.c.span), func.max(run.c.span), func.max(run.c.finished_at)]
-    return select(run.c.part, run.c.phase, func.count(), *spans).group_by(run.c.part, run.c.phase)
-
-
-def percentiles(
+def parts(
     question: Question, part: ColumnElement[Any], percents: Sequence[int], dialect: str, *some: ColumnElement[bool]
 ) -> Select[Any]:
-    """Select the percentiles of the durations for each part, each at the nearest rank."""
-    run = _runs(question, part, dialect, *some)
-    ranked = (
-        select(
-            run.c.part,
-            run.c.span,
-            func.row_number().over(partition_by=run.c.part, order_by=run.c.span).label("place"),
-            func.count().over(partition_by=run.c.part).label("size"),
-        )
-        .where(run.c.span.is_not(None))
-        .subquery("ranked")
-    )
+    """Select, for each part and phase, what the statistics of the part are made of: all of it as of one moment.
 
-    ranks = [_divided(ranked.c.size * _constant(percent) + _constant(99), 100, dialect) for percent in percents]
-    found = [func.min(case((ranked.c.place == rank, ranked.c.span))) for rank in ranks]
-    return select(ranked.c.part, *found).where(ranked.c.place.in_(ranks)).group_by(ranked.c.part)
+    These are how many runs there are, of their durations the sum, the least and the most, the last end, and of the
+    percentiles of the part, at the nearest rank, those that are the duration of a run in this phase.
+    """
+    run = _runs(question, part, dialect, *some)
+    in_order = func.row_number().over(partition_by=run.c.part, order_by=func.coalesce(run.c.span, _constant(2**63 - 1)))
+    size = func.count(run.c.span).over(partition_by=run.c.part)
+    ranked = select(*run.c, in_order.label("place"), size.label("size")).subquery("ranked")
+
+    def at(percent: int) -> ColumnElement[int]:
+        rank = _divided(ranked.c.size * _constant(percent) + _constant(99), 100, dialect)
+        return func.min(case((ranked.c.place == rank, ranked.c.span)))
+
+    span = ranked.c.span
+    told = [func.count(), func.sum(span), func.min(span), func.max(span), func.max(ranked.c.finished_at)]
+    of_phase = select(ranked.c.part, ranked.c.phase, *told, *map(at, percents))
+    return of_phase.group_by(ranked.c.part, ranked.c.phase)
 
 
 def _runs(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Subquery:
-    query = select(part.label("part"), _C.phase, duration(dialect).label("span"), _C.finished_at)
+    phase: ColumnElement[Any] = _C.phase
+    if dialect not in ("sqlite", "postgresql"):  # whose tables in between have room for the longest text there may be
+        phase = literal_column(f"CAST(phase AS CHAR({max(map(len, TaskPhase))}))", phase.type)
+    query = select(part.label("part"), phase.label("phase"), duration(dialect).label("span"), _C.finished_at)
     query = by_problems_of_task(query.where(*conditions(question, dialect), *some), question)
     if dialect == "sqlite":  # which else computes a duration anew wherever it is named
         query = query.limit(literal_column("-1"))

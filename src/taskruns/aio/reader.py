@@ -15,7 +15,7 @@ from taskruns.following import Following
 from taskruns.liveness import Supervisor
 from taskruns.model import TaskRun
 from taskruns.reader import PAGE, Operation
-from taskruns.reading import RunPage
+from taskruns.reading import RunPage, Unrepeated
 from taskruns.repository import TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
 from taskruns.stats import RunStats, Span
@@ -80,12 +80,15 @@ class AsyncReader:
         phases: Phases = None,
         order: RunOrder = RunOrder.NEWEST,
     ) -> AsyncIterator[TaskRun]:
-        """Yield all runs of a task, a filter, or all, a page at a time: the memory it takes is constant."""
-        wanted = filter_of(wanted, phases)
+        """Yield all runs of a task, a filter, or all, a page at a time: the memory it takes is constant.
+
+        None comes twice, and none is missed that is the same all the while.
+        """
+        wanted, unrepeated = filter_of(wanted, phases), Unrepeated()
         after = None
         while True:
             page = await self.runs(wanted, order=order, limit=PAGE, after=after)
-            for run in page.runs:
+            for run in unrepeated.of(page.runs):
                 yield run
             after = page.next_cursor
             if after is None:
