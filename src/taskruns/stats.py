@@ -1,6 +1,6 @@
 """Statistics of runs. Pure."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta, tzinfo
@@ -122,14 +122,13 @@ Ended = tuple[str, datetime, datetime | None]
 
 def stats_of(runs: Sequence[Ended]) -> RunStats:
     """Return the statistics of some runs."""
-    by_phase = {TaskPhase(phase): count for phase, count in Counter([run[0] for run in runs]).items()}
+    ends: dict[str, list[Any]] = defaultdict(list)
+    for phase, _, end in runs:
+        ends[phase].append(end)
+    by_phase = {TaskPhase(phase): len(some) for phase, some in ends.items()}
+    last: dict[TaskPhase, datetime] = {phase: max(ends[phase]) for phase in by_phase if phase is not TaskPhase.RUNNING}
     spans = [end - start for _, start, end in runs if end is not None]
-    ends = {
-        phase: max([run[2] for run in runs if run[0] == phase and run[2] is not None])
-        for phase in by_phase
-        if phase.is_terminal
-    }
-    return RunStats(by_phase, DurationStats.of(spans) if spans else None, *last_ends(ends))
+    return RunStats(by_phase, DurationStats.of(spans) if spans else None, *last_ends(last))
 
 
 def last_ends(ends: Mapping[TaskPhase, datetime]) -> tuple[datetime | None, datetime | None]:
