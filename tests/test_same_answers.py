@@ -15,7 +15,7 @@ from taskruns import PROBLEMS, RunFilter, RunOrder, Span, TaskPhase, TaskRun, Ta
 from taskruns.schema import task_runs
 from taskruns.windows import Window
 
-TASKS = ["a", "A", "ab", "a b", "a*", "a?c", "a[b]", "a_b", "a%b", r"a\b", "b", "é", "e\u0301", "\uff5e", "\U0001f600"]
+TASKS = [*"aAb0é\uff5e\U0001f600", "a1", "ab", "a b", "a*", "a?c", "a[b]", "a_b", "a%b", r"a\b", "e\u0301"]
 GLOBS = [
     "*",
     "a*",
@@ -30,6 +30,9 @@ GLOBS = [
     "é*",
     "\U0001f600*",
     "[A-a]",
+    "[!a-z]",
+    "a?",
+    "[ab][02]",
     "b",
     "c*",
 ]

@@ -131,8 +131,8 @@ def _sqlite(token: _Token) -> str:
     """Return a token for GLOB, which knows no escape: where a character stands in a set decides what it means.
 
     A ``]`` is itself only as the first, and no range may begin or end with it. A ``^`` is itself anywhere but there,
-    so that a set without a bracket begins with an impossible range. A hyphen is itself behind a range, so that
-    every item is one.
+    so that a set without a bracket begins with an impossible range; of characters that no task id has, since GLOB
+    takes the first of them for one of the set. A hyphen is itself behind a range, so that every item is one.
     """
     match token:
         case None:
@@ -142,7 +142,7 @@ def _sqlite(token: _Token) -> str:
         case _Set():
             ranges = [part for item in token.items for part in _without_bracket(item[0], item[-1])]
             has_bracket = any(item[0] <= "]" <= item[-1] for item in token.items)
-            return "".join(["[", "^" * token.is_negated, "]" if has_bracket else "1-0", *ranges, "]"])
+            return "".join(["[", "^" * token.is_negated, "]" if has_bracket else "\x02-\x01", *ranges, "]"])
 
 
 def _without_bracket(first: str, last: str) -> Iterator[str]:
