@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
@@ -50,8 +51,9 @@ def parse_window(text: str, *, now: datetime, zone: tzinfo = UTC) -> Window:
 
     A day such as ``2026-11-01``, ``today`` or ``yesterday`` is that day, and any other time of :func:`parse_moment` is
     the window from then on. ``A..B``, ``A..`` and ``..B`` go from one time until another; a day on the right belongs to
-    it. A time of day on the right of another one, or of a date with one, is the first such time after it:
-    ``23:00..01:00`` are two hours.
+    it. A time of day on the right is the first such time after what is on the left: ``23:00..01:00`` are two hours, and
+    ``yesterday..02:00`` are the first two of yesterday. Where clocks go back such a window has both of the times that
+    are there twice; ``02:00..03:00`` is empty in a night that skips it.
 
     Raises:
         ValueError: the text names no window, ``now`` is naive, or a time is out of range.
@@ -59,13 +61,15 @@ def parse_window(text: str, *, now: datetime, zone: tzinfo = UTC) -> Window:
     left, dots, right = (part.strip() for part in text.partition(".."))
     if not (left or right):
         raise _not_a_time(text)
-    since, until = _read(left, now, zone) if left else (None, None)
-    if dots:
-        until = None
-    if right:
-        has_clock = bool(left) and _form(left) in ("clock", "datetime")
-        begin, end = _read(right, now, zone, after=since if has_clock else None)
-        until = end or begin
+    with _in_range(text):
+        if left and right and _form(right) == "clock":
+            return _until_clock(_named(left, now, zone), time.fromisoformat(right), zone)
+        since, until = _read(left, now, zone) if left else (None, None)
+        if dots:
+            until = None
+        if right:
+            begin, end = _read(right, now, zone)
+            until = end or begin
     if since is not None and until is not None and until < since:
         raise ValueError(f"{text!r} ends before it begins")
     return Window(since, until)
@@ -81,7 +85,8 @@ def parse_moment(text: str, *, now: datetime, zone: tzinfo = UTC) -> datetime:
     Raises:
         ValueError: the text names no moment, ``now`` is naive, or the moment is out of range.
     """
-    return _read(text.strip(), now, zone)[0]
+    with _in_range(text.strip()):
+        return _utc(_named(text.strip(), now, zone), zone)
 
 
 def parse_zone(name: str) -> tzinfo:
@@ -99,25 +104,36 @@ def parse_zone(name: str) -> tzinfo:
         raise ValueError(f"there is no time zone {name!r}; {advice}") from None
 
 
-def _read(text: str, now: datetime, zone: tzinfo, *, after: datetime | None = None) -> tuple[datetime, datetime | None]:
-    """Return when a time begins, and ends if it is a day; a time of day is the first one after a moment, if given."""
-    now = in_utc(now, "now")
-    form = _form(text)
+@contextmanager
+def _in_range(text: str) -> Iterator[None]:
     try:
-        match form:
-            case "now":
-                return now, None
-            case "age":
-                return now - parse_duration(text), None
-            case "day":
-                return _day(text, now.astimezone(zone).date(), zone)
-            case "clock":
-                return _occurrence(time.fromisoformat(text), now, zone, after), None
-            case _:
-                moment = _iso(text)
-                return moment.replace(tzinfo=moment.tzinfo or zone).astimezone(UTC), None
+        yield
     except OverflowError:
         raise ValueError(f"{text!r} is out of range") from None
+
+
+def _read(text: str, now: datetime, zone: tzinfo) -> tuple[datetime, datetime | None]:
+    """Return when a time begins, and ends if it is a day."""
+    begin = _named(text, now, zone)
+    end = begin + _ONE_DAY if _form(text) == "day" else None
+    return _utc(begin, zone), None if end is None else _utc(end, zone)
+
+
+def _named(text: str, now: datetime, zone: tzinfo) -> datetime:
+    """Return the time that a text names, a day's midnight; it is naive if it is one by the clock of the zone."""
+    now = in_utc(now, "now")
+    match _form(text):
+        case "now":
+            return now
+        case "age":
+            return now - parse_duration(text)
+        case "day":
+            return datetime.combine(_day(text, now.astimezone(zone).date()), time())
+        case "clock":
+            past = (each for each in _occurrences(time.fromisoformat(text), now, zone) if _utc(each, zone) <= now)
+            return max(past, key=lambda each: _utc(each, zone))
+        case _:
+            return _iso(text)
 
 
 def _form(text: str) -> str | None:
@@ -127,16 +143,14 @@ def _form(text: str) -> str | None:
     return match.lastgroup
 
 
-def _day(text: str, today: date, zone: tzinfo) -> tuple[datetime, datetime]:
+def _day(text: str, today: date) -> date:
     match text:
         case "today":
-            day = today
+            return today
         case "yesterday":
-            day = today - _ONE_DAY
+            return today - _ONE_DAY
         case _:
-            day = _iso(text).date()
-    begin, end = (datetime.combine(each, time(), zone).astimezone(UTC) for each in (day, day + _ONE_DAY))
-    return begin, end
+            return _iso(text).date()
 
 
 def _iso(text: str) -> datetime:
@@ -146,22 +160,33 @@ def _iso(text: str) -> datetime:
         raise _not_a_time(text) from None
 
 
-def _occurrence(clock: time, now: datetime, zone: tzinfo, after: datetime | None) -> datetime:
-    """Return when it was a time of day last, or is first after a moment."""
-    if after is None:
-        return max(moment for moment in _occurrences(clock, now, zone) if moment <= now)
-    return min(moment for moment in _occurrences(clock, after, zone) if moment > after)
+def _utc(named: datetime, zone: tzinfo) -> datetime:
+    return named.replace(tzinfo=named.tzinfo or zone).astimezone(UTC)
+
+
+def _until_clock(begin: datetime, clock: time, zone: tzinfo) -> Window:
+    """Return the window from a time until the first time of day after it: the first by the clock if that named it."""
+    if begin.tzinfo is not None:
+        since = _utc(begin, zone)
+        moments = (_utc(each, zone) for each in _occurrences(clock, since, zone))
+        return Window(since, min(moment for moment in moments if moment > since))
+    begin, end = begin.replace(fold=0), datetime.combine(begin.date(), clock)
+    if end <= begin:
+        end += _ONE_DAY
+    since, *until = (_utc(each, zone) for each in (begin, end, end.replace(fold=1)))
+    is_skipped = since.astimezone(zone).replace(tzinfo=None) != begin
+    # Where clocks skip a time as well, its fold is before that: nothing is left of the window.
+    return Window(since, max(since, until[1] if is_skipped else max(until)))
 
 
 def _occurrences(clock: time, about: datetime, zone: tzinfo) -> Iterator[datetime]:
-    """Yield when it is a time of day, some days before a moment and after it; twice where clocks go back."""
+    """Yield when clocks show a time of day, some days before a moment and after it; twice where they go back."""
     day = about.astimezone(zone).date()
     for days in range(-2, 3):
-        first, second = (
-            datetime.combine(day + days * _ONE_DAY, clock.replace(fold=fold), zone).astimezone(UTC) for fold in (0, 1)
-        )
+        first = datetime.combine(day + days * _ONE_DAY, clock)
+        second = first.replace(fold=1)
         yield first
-        if second > first:  # it is before where clocks skip this time
+        if _utc(second, zone) > _utc(first, zone):  # it is before where clocks skip this time
             yield second
 
 
