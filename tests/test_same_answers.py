@@ -227,6 +227,7 @@ def ask_everything(
     monkeypatch.setattr("taskruns.summaries.datetime", Clock)
     for few in (0, 2, 5000):  # what the database does by itself, and what is done here
         monkeypatch.setattr("taskruns.reading.FEW", few)
+        monkeypatch.setattr("taskruns.reading.MANY", few)
         for _ in range(4):
             asked.about_runs()
             asked.about_active_runs()
@@ -255,6 +256,21 @@ def test_the_asynchronous_twin_has_the_same_answers(
     database: str, histories: Histories, memory: Memory, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask_everything(histories.connect(database), database, memory, data, monkeypatch)
+
+
+@pytest.mark.parametrize("few", [0, 5000])
+def test_durations_whose_sum_is_more_than_a_number_holds_have_a_mean(
+    database: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskruns.reading.FEW", few)
+    runs = [TaskRun("a", 1, TaskPhase.SUCCEEDED, EARLIEST, EARLIEST + timedelta(microseconds=300))]
+    runs += [TaskRun("a", attempt, TaskPhase.FAILED, EARLIEST, LATEST) for attempt in range(2, 301)]
+    with TaskRunHistory.connect(database) as history:
+        history.add_runs(runs)
+        duration = history.stats("a").duration
+    longest = LATEST - EARLIEST
+    assert duration is not None
+    assert (duration.mean, duration.max) == (longest - longest / 300 + timedelta(microseconds=1), longest)
 
 
 @pytest.mark.parametrize("by", Span)

@@ -12,12 +12,13 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from commands import Home, Shell
+from hypothesis import example, given, strategies as st
 from servers import Databases
 from test_output import on_terminal
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory
 from taskruns.cli.plots import plots_of
-from taskruns.stats import DurationStats, RunStats, Span, StatsPart
+from taskruns.stats import DurationStats, RunStats, Span, StatsPart, mean_of
 from taskruns.windows import Window
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -233,6 +234,13 @@ def days(*offsets: int, runs: int = 1, seconds: int = 1) -> list[StatsPart]:
     spans = DurationStats.of([timedelta(seconds=seconds)] * runs)
     stats = RunStats({TaskPhase.SUCCEEDED: runs}, spans)
     return [StatsPart(datetime(2026, 1, 5, tzinfo=UTC) + timedelta(days=offset), stats) for offset in offsets]
+
+
+@given(st.integers(0, 10**9), st.integers(1, 50))
+@example(5, 2)
+@example(7, 2)
+def test_a_mean_is_rounded_as_a_timedelta_is(microseconds: int, count: int) -> None:
+    assert mean_of(microseconds, count) == timedelta(microseconds=microseconds) / count
 
 
 def test_days_without_runs_are_gaps() -> None:

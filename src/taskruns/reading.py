@@ -14,7 +14,18 @@ from taskruns.filters import RunFilter, RunOrder
 from taskruns.model import MAX_ATTEMPT, TaskPhase, TaskRun, checked_name
 from taskruns.prepared import PHASES, ended_of_rows, prepared, runs_of_rows
 from taskruns.query_statements import Question, question_of
-from taskruns.stats import PERCENTS, DurationStats, Ended, RunStats, Span, StatsPart, last_ends, stats_by, stats_of
+from taskruns.stats import (
+    PERCENTS,
+    DurationStats,
+    Ended,
+    RunStats,
+    Span,
+    StatsPart,
+    last_ends,
+    mean_of,
+    stats_by,
+    stats_of,
+)
 from taskruns.times import parse_time, rfc3339
 from taskruns.writing import key_of
 
@@ -184,13 +195,16 @@ def count(connection: Connection, wanted: RunFilter) -> int:
     return int(statement.fetch(connection, values)[0][0])
 
 
-def stats(connection: Connection, wanted: RunFilter, *, by: Span | None, zone: tzinfo, few: int = FEW) -> RunStats:
+def stats(
+    connection: Connection, wanted: RunFilter, *, by: Span | None, zone: tzinfo, few: int | None = None
+) -> RunStats:
     """Return statistics of runs: of all, and by the time they started.
 
     A ``few`` are fetched and looked at here, which is quicker; of more the database sorts the durations, so that the
     memory is constant.
     """
     dialect = connection.dialect
+    few = FEW if few is None else few  # no default, which no test could change
     question, values = question_of(wanted, dialect.name)
     statement = prepared(dialect, stats_statements.ended, question, dialect.name)
     rows = statement.fetch(connection, {**values, "limit": few + 1})
@@ -259,14 +273,14 @@ def _sorted_there(
 
 
 def _stats_of_phases(phases: Sequence[Any]) -> RunStats:
-    ended = [row for row in phases if row[5] is not None]
+    ended = [row for row in phases if row[6] is not None]
     duration = None
     if ended:
-        runs, totals, least, most, _, *ranks = zip(*(row[1:] for row in ended), strict=True)
+        runs, seconds, microseconds, least, most, _, *ranks = zip(*(row[1:] for row in ended), strict=True)
         spans = [min(least), *(next(span for span in spans if span is not None) for spans in ranks), max(most)]
-        mean = timedelta(microseconds=int(sum(totals))) / sum(runs)
+        mean = mean_of(int(sum(seconds)) * 1_000_000 + int(sum(microseconds)), sum(runs))
         duration = DurationStats(mean, *(timedelta(microseconds=int(span)) for span in spans))
-    last = {row[0]: row[5] for row in ended}
+    last = {row[0]: row[6] for row in ended}
     return RunStats({row[0]: row[1] for row in phases}, duration, *last_ends(last))
 
 

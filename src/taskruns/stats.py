@@ -24,6 +24,15 @@ def nearest_rank(percent: int, count: int) -> int:
     return -(-percent * count // 100)
 
 
+def mean_of(microseconds: int, count: int) -> timedelta:
+    """Return the mean of ``count`` durations by their sum, which may be more than a timedelta holds.
+
+    It is rounded as timedeltas are, half to even.
+    """
+    whole, rest = divmod(microseconds, count)
+    return timedelta(microseconds=whole + (2 * rest + whole % 2 > count))
+
+
 @dataclass(frozen=True, slots=True)
 class DurationStats:
     """How long runs took. A percentile is the duration of a run, at the nearest rank, never a value in between."""
@@ -41,7 +50,11 @@ class DurationStats:
         ordered = sorted(spans)
         count = len(ordered)
         p50, p95, p99 = [ordered[nearest_rank(percent, count) - 1] for percent in PERCENTS]
-        return cls(sum(ordered, timedelta()) / count, ordered[0], p50, p95, p99, ordered[-1])
+        try:
+            mean = sum(ordered, timedelta()) / count
+        except OverflowError:  # of a few hundred that took thousands of years
+            mean = mean_of(sum(span // _MICROSECOND for span in ordered), count)
+        return cls(mean, ordered[0], p50, p95, p99, ordered[-1])
 
     def to_wire(self) -> dict[str, int | float]:
         """Return them as a JSON object, in milliseconds, with a fraction where there is one."""

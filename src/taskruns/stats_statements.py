@@ -46,6 +46,10 @@ _ERA = 62_135_596_800
 """Seconds from the year 1 until 1970: databases round what is negative differently."""
 
 
+_SECOND = 1_000_000
+"""A second in microseconds."""
+
+
 def starts(question: Question, dialect: str) -> Select[Any]:
     """Select when the first and the last run started."""
     return select(func.min(_C.started_at), func.max(_C.started_at)).where(*conditions(question, dialect))
@@ -88,8 +92,9 @@ def parts(
 ) -> Select[Any]:
     """Select, for each part and phase, what the statistics of the part are made of: all of it as of one moment.
 
-    These are how many runs there are, of their durations the sum, the least and the most, the last end, and of the
-    percentiles of the part, at the nearest rank, those that are the duration of a run in this phase.
+    These are how many runs there are, of their durations the sum, in seconds and microseconds, the least and the most,
+    the last end, and of the percentiles of the part, at the nearest rank, those that are the duration of a run in this
+    phase.
     """
     run = _runs(question, part, dialect, *some)
     in_order = func.row_number().over(partition_by=run.c.part, order_by=func.coalesce(run.c.span, _constant(2**63 - 1)))
@@ -101,9 +106,16 @@ def parts(
         return func.min(case((ranked.c.place == rank, ranked.c.span)))
 
     span = ranked.c.span
-    told = [func.count(), func.sum(span), func.min(span), func.max(span), func.max(ranked.c.finished_at)]
+    told = [func.count(), *_sums(span, dialect), func.min(span), func.max(span), func.max(ranked.c.finished_at)]
     of_phase = select(ranked.c.part, ranked.c.phase, *told, *map(at, percents))
     return of_phase.group_by(ranked.c.part, ranked.c.phase)
+
+
+def _sums(span: ColumnElement[int], dialect: str) -> list[ColumnElement[Any]]:
+    """Return a sum of seconds and one of microseconds. Only SQLite has no wider number than those that are summed."""
+    if dialect != "sqlite":
+        return [_constant(0), func.sum(span)]
+    return [func.sum(_divided(span, _SECOND, dialect)), func.sum(span % _constant(_SECOND))]
 
 
 def _runs(question: Question, part: ColumnElement[Any], dialect: str, *some: ColumnElement[bool]) -> Subquery:
