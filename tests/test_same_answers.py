@@ -1,7 +1,9 @@
 """The same questions have the same answers on every database, and in plain Python (tests/memory.py)."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -290,6 +292,40 @@ def test_the_ends_of_time_are_in_a_part(by: Span, zone: Any) -> None:
         assert by.segments(zone, first, last)
         for moment in (first, last):
             assert abs(by.start(by.number(moment, zone), zone) - moment) < timedelta(days=2)
+
+
+@pytest.mark.parametrize("by", Span)
+@pytest.mark.parametrize("zone", ["Africa/Freetown", "Africa/Casablanca", "Asia/Gaza", "Australia/Lord_Howe"])
+def test_offsets_of_all_time_are_found_quickly_and_are_few(by: Span, zone: str) -> None:
+    clocks = ZoneInfo(zone)
+    began = monotonic()
+    segments = by.segments(clocks, EARLIEST, LATEST)
+    assert monotonic() - began < 2
+    assert len(segments) < 700
+    ends = [until for until, _ in segments if until is not None]
+    assert ends == sorted(ends)
+    near = [end - timedelta(seconds=1) for end in ends] + ends
+    far = [EARLIEST + timedelta(days=997 * step, hours=step % 24) for step in range(3660)]
+    war, summers = datetime(1939, 9, 1, tzinfo=UTC), datetime(2040, 9, 25, tzinfo=UTC)  # clocks change within days
+    hours = [since + timedelta(hours=hour, minutes=59) for since in (war, summers) for hour in range(24 * 40)]
+    for moment in (*near, *far, *hours):
+        offset = segments[bisect_right(ends, moment)][1]
+        seconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(seconds=1)
+        expected = (seconds + offset) // 86400 if by is Span.DAY else seconds - (seconds + offset) % 3600
+        assert (moment, by.number(moment, clocks)) == (moment, expected)
+
+
+@pytest.mark.parametrize("by", Span)
+def test_runs_of_all_time_are_divided_as_here(database: str, by: Span, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = [datetime(year, 7, 1, 22, 10, tzinfo=UTC) for year in (1, 1799, 1850, 1945, 2026, 2099, 2100, 2500)]
+    starts = [EARLIEST, EARLIEST + timedelta(days=1), *changes, LATEST - timedelta(days=1), LATEST]
+    with TaskRunHistory.connect(database) as history:
+        history.add_runs([TaskRun("a", number, TaskPhase.RUNNING, start) for number, start in enumerate(starts, 1)])
+        for zone in (BERLIN, LORD_HOWE):
+            here = history.stats("a", by=by, zone=zone)
+            with monkeypatch.context() as patched:
+                patched.setattr("taskruns.reading.FEW", 0)
+                assert history.stats("a", by=by, zone=zone) == here
 
 
 def test_offsets_are_found_if_the_last_run_started_right_after_clocks_changed() -> None:

@@ -16,7 +16,10 @@ _MICROSECOND = timedelta(microseconds=1)
 _SECOND = timedelta(seconds=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_DAY = date(1970, 1, 1).toordinal()
-_FIRST_SECOND = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _SECOND
+_END = datetime.max.replace(tzinfo=UTC)
+_SECOND_DAY, _LAST_DAY = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+_FIRST_CHANGE, _LAST_CHANGE = datetime(1800, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
+"""No clock is known to have been put forward or back before the first of these; which after the last, nobody knows."""
 
 
 def nearest_rank(percent: int, count: int) -> int:
@@ -174,17 +177,20 @@ class Span(StrEnum):
         return 86400 if self is Span.DAY else 3600
 
     def number(self, moment: datetime, zone: tzinfo) -> int:
-        """Return the day in which a moment is, as days since 1970, or when its hour began, as seconds since then."""
-        local = in_zone(moment, zone)
-        if self is Span.DAY:
-            return local.toordinal() - _FIRST_DAY
+        """Return the day in which a moment is, as days since 1970, or when its hour began, as seconds since then.
+
+        It is by the clock of a zone until 2100, and then as if clocks stayed as they are: nobody knows what they do.
+        """
+        if self is Span.DAY and _FIRST_CHANGE < moment < _LAST_CHANGE:
+            return moment.astimezone(zone).toordinal() - _FIRST_DAY  # the same in half the time
         seconds = (moment - _EPOCH) // _SECOND
-        return seconds - (seconds + _offset(local)) % 3600
+        local = seconds + _offset(moment, zone)
+        return local // 86400 if self is Span.DAY else seconds - local % 3600
 
     def start(self, number: int, zone: tzinfo) -> datetime:
         """Return when the day or hour of a number begins, in the time zone."""
         if self is Span.HOUR:
-            return in_zone(_EPOCH + max(number, _FIRST_SECOND) * _SECOND, zone)
+            return in_zone(_EPOCH + number * _SECOND, zone)
         midnight = datetime.combine(date.fromordinal(number + _FIRST_DAY), datetime.min.time(), zone)
         return in_zone(in_zone(midnight, UTC), zone)  # clocks may be put forward at midnight
 
@@ -194,7 +200,7 @@ class Span(StrEnum):
         found: list[tuple[datetime | None, int]] = []
         moment, offset = since, self._offset(since, zone)
         while moment < until:
-            following = moment + min(timedelta(days=1), until - moment)
+            following = min(until, _following(moment))
             changed = self._offset(following, zone)
             if changed != offset:
                 low, high = moment, following
@@ -206,9 +212,21 @@ class Span(StrEnum):
         return (*found, (None, offset))
 
     def _offset(self, moment: datetime, zone: tzinfo) -> int:
-        offset = _offset(in_zone(moment, zone))
+        offset = _offset(moment, zone)
         return offset if self is Span.DAY else offset % 3600
 
 
-def _offset(local: datetime) -> int:
-    return (local.utcoffset() or timedelta(0)) // _SECOND
+def _offset(moment: datetime, zone: tzinfo) -> int:
+    """Return the seconds by which the clock of a zone is ahead."""
+    if not _FIRST_CHANGE < moment < _LAST_CHANGE:
+        if not _SECOND_DAY <= moment < _LAST_DAY:
+            return 0  # by another clock it may be before the year 1, or after 9999
+        moment = min(max(moment, _FIRST_CHANGE), _LAST_CHANGE)
+    return (moment.astimezone(zone).utcoffset() or timedelta(0)) // _SECOND
+
+
+def _following(moment: datetime) -> datetime:
+    """Return until when to look for a change of clocks: there is one at most."""
+    if moment < _FIRST_CHANGE:
+        return _FIRST_CHANGE
+    return moment + timedelta(days=3) if moment < _LAST_CHANGE else _END
