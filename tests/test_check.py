@@ -126,6 +126,16 @@ def test_pages_follow_each_other(history: TaskRunHistory) -> None:
     assert history.check("a", after="a") == history.check("nothing", after="other") == []
 
 
+def test_success_of_an_earlier_attempt_that_ended_later_counts(history: TaskRunHistory) -> None:
+    history.add_runs([run("job", 1, ".", 1), run("job", 2, ".", 9), run("job", 3, "F", 8)])
+    (found,) = history.check("job", succeeded_within=2 * HOUR)
+    assert found.is_well
+    assert history.summaries(stale_after=2 * HOUR) == []
+    assert [summary.task_id for summary in history.summaries(stale_after=HOUR / 2)] == ["job"]
+    (found,) = history.check("job", succeeded_within=HOUR / 2)
+    assert [reason.partition(" for ")[0] for reason in found.reasons] == ["no success"]
+
+
 def test_what_was_never_seen_is_not_well(history: TaskRunHistory) -> None:
     (found,) = history.check("job[*]")
     assert (found.task_id, found.last_run, found.reasons, found.is_well) == ("job*", None, ("never seen",), False)
@@ -168,6 +178,7 @@ def test_longest_of_times_are_no_rule(sqlite: str) -> None:
     with TaskRunHistory.connect(sqlite) as history:
         made(history, job=".>")
         assert history.check("job", succeeded_within=timedelta.max, max_running=timedelta.max)[0].is_well
+        assert history.summaries(stale_after=timedelta.max) == []
 
 
 def checked(shell: Shell, url: str, *arguments: str, **tasks: str) -> Answer:

@@ -11,7 +11,7 @@ from taskruns import reading
 from taskruns.filters import RunFilter
 from taskruns.globs import Glob
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name
-from taskruns.summaries import latest_runs
+from taskruns.summaries import has_succeeded, last_success, latest_runs, within_last
 from taskruns.windows import Window
 
 _COUNTED = 100
@@ -79,12 +79,10 @@ class Rules:
         return self.succeeded_within is None and self.max_problems is None and self.max_running is None
 
     def success(self, last: TaskRun | None) -> Iterator[str]:
-        """Yield what is wrong with the last success of a task."""
-        if self.succeeded_within is None:
-            return
+        """Yield what is wrong if no success ended in time; ``last`` is that with the highest attempt."""
         if last is None:
             yield "never succeeded"
-        elif last.finished_at is not None and self.now - last.finished_at > self.succeeded_within:
+        elif last.finished_at is not None:
             yield f"no success for {_span(self.now - last.finished_at)} (last {self._moment(last.finished_at)})"
 
     @property
@@ -164,10 +162,11 @@ def _overdue(connection: Connection, task_glob: str, rules: Rules) -> Mapping[st
 def _reasons(connection: Connection, latest: TaskRun, rules: Rules, overdue: Mapping[str, TaskRun]) -> Iterator[str]:
     # Nothing is asked of a task whose latest run has succeeded, as of nearly all.
     if rules.succeeded_within is not None or rules.max_problems is not None:
-        success: TaskRun | None = latest
-        if latest.phase is not TaskPhase.SUCCEEDED:
-            success = reading.last_run(connection, RunFilter(latest.task_id, phases=TaskPhase.SUCCEEDED))
-        yield from rules.success(success)
+        success = last_success(connection, latest)
+        if rules.succeeded_within is not None:
+            lately = within_last(rules.succeeded_within, rules.now)
+            if success is None or not has_succeeded(connection, success, lately):
+                yield from rules.success(success)
         if rules.max_problems is not None and success != latest:
             after = 0 if success is None else success.attempt
             yield from rules.problems(reading.problems_after(connection, latest.task_id, after, rules.counted))

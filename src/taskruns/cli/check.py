@@ -23,7 +23,7 @@ _WORDS = {True: ("ok", "green"), False: ("not well", "red")}
 
 @click.command("check")
 @click.argument("task", type=TaskPattern())
-@click.option("--succeeded-within", metavar="TIME", type=Duration(), help="Its last success ended within: 26h, 2d.")
+@click.option("--succeeded-within", metavar="TIME", type=Duration(), help="A success of it ended within: 26h, 2d.")
 @click.option("--max-problems", metavar="N", type=click.IntRange(0), help="At most N problems since its last success.")
 @click.option("--max-running", metavar="TIME", type=Duration(), help="None of its runs is active for longer: 3h.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only those that are not well, as cron likes it.")

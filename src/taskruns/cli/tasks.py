@@ -45,7 +45,7 @@ _MARKS = {
 @task_argument
 @phase_option
 @problems_option
-@click.option("--stale", metavar="AGE", type=Duration(), help="Only without a success for so long: 2d, 26h.")
+@click.option("--stale", metavar="AGE", type=Duration(), help="Only if no success ended for so long: 2d, 26h.")
 @click.option("--since", metavar="TIME", help="Rate and median of the runs that started since; 7d unless given.")
 @click.option("--started", metavar="WINDOW", help="Or within: yesterday, 2026-11-01..2026-11-08.")
 @limit_option
