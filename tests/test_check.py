@@ -133,7 +133,7 @@ def test_success_of_an_earlier_attempt_that_ended_later_counts(history: TaskRunH
     assert history.summaries(stale_after=2 * HOUR) == []
     assert [summary.task_id for summary in history.summaries(stale_after=HOUR / 2)] == ["job"]
     (found,) = history.check("job", succeeded_within=HOUR / 2)
-    assert [reason.partition(" for ")[0] for reason in found.reasons] == ["no success"]
+    assert [reason.partition(" (")[0] for reason in found.reasons] == ["no success for 1h 00m"]
 
 
 def test_what_was_never_seen_is_not_well(history: TaskRunHistory) -> None:

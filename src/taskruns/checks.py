@@ -11,7 +11,7 @@ from taskruns import reading
 from taskruns.filters import RunFilter
 from taskruns.globs import Glob
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name
-from taskruns.summaries import has_succeeded, last_success, latest_runs, within_last
+from taskruns.summaries import last_success, last_success_at, latest_runs, within_last
 from taskruns.windows import Window
 
 _COUNTED = 100
@@ -78,12 +78,12 @@ class Rules:
         """Whether none is given: then the latest run that has ended is not to be a problem."""
         return self.succeeded_within is None and self.max_problems is None and self.max_running is None
 
-    def success(self, last: TaskRun | None) -> Iterator[str]:
-        """Yield what is wrong if no success ended in time; ``last`` is that with the highest attempt."""
-        if last is None:
+    def success(self, ended_at: datetime | None) -> Iterator[str]:
+        """Yield what is wrong with the end of the last success of a task."""
+        if ended_at is None:
             yield "never succeeded"
-        elif last.finished_at is not None:
-            yield f"no success for {_span(self.now - last.finished_at)} (last {self._moment(last.finished_at)})"
+        elif self.succeeded_within is not None and self.now - ended_at > self.succeeded_within:
+            yield f"no success for {_span(self.now - ended_at)} (last {self._moment(ended_at)})"
 
     @property
     def counted(self) -> int:
@@ -165,8 +165,7 @@ def _reasons(connection: Connection, latest: TaskRun, rules: Rules, overdue: Map
         success = last_success(connection, latest)
         if rules.succeeded_within is not None:
             lately = within_last(rules.succeeded_within, rules.now)
-            if success is None or not has_succeeded(connection, success, lately):
-                yield from rules.success(success)
+            yield from rules.success(last_success_at(connection, success, lately))
         if rules.max_problems is not None and success != latest:
             after = 0 if success is None else success.attempt
             yield from rules.problems(reading.problems_after(connection, latest.task_id, after, rules.counted))

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     ColumnElement,
     Integer,
     Select,
@@ -337,6 +338,12 @@ def some_problems() -> Select[Any]:
     after = [_C.task_id == _bind("task", _C.task_id), _C.attempt > _bind("attempt", _C.attempt)]
     problems: Select[Any] = select(literal_column("1")).select_from(_T).where(*after, text(IS_PROBLEM))
     return _counted(problems.with_hint(_T, "INDEXED BY ix_task_runs_problems_of_task", "sqlite"))
+
+
+def last_success_at() -> Select[Any]:
+    """Select when the success of a task that ended last did: it reads all runs of the task."""
+    is_success = literal_column("phase = 'succeeded'", Boolean)
+    return select(func.max(_C.finished_at)).where(_C.task_id == _bind("task", _C.task_id), is_success)
 
 
 def newest_phases() -> Select[Any]:

@@ -107,8 +107,8 @@ def latest_runs(
 
 
 def _is_stale(connection: Connection, latest: TaskRun, lately: Window) -> bool:
-    success = last_success(connection, latest)
-    return success is None or not has_succeeded(connection, success, lately)
+    ended_at = last_success_at(connection, last_success(connection, latest), lately)
+    return ended_at is None or not lately.contains(ended_at)
 
 
 def within_last(span: timedelta, now: datetime) -> Window:
@@ -124,15 +124,16 @@ def last_success(connection: Connection, latest: TaskRun) -> TaskRun | None:
     return _last(connection, latest, {TaskPhase.SUCCEEDED})
 
 
-def has_succeeded(connection: Connection, success: TaskRun, ended: Window) -> bool:
-    """Whether any success of a task ended within a window; ``success`` is that with the highest attempt.
+def last_success_at(connection: Connection, success: TaskRun | None, lately: Window) -> datetime | None:
+    """Return when a success of a task ended ``lately``, or else the last one of all, given that of the highest attempt.
 
     That one nearly always tells. But runs may overlap, or be imported: an earlier attempt may have ended later.
     """
-    if success.finished_at is not None and ended.contains(success.finished_at):
-        return True
-    wanted = RunFilter(success.task_id, phases=TaskPhase.SUCCEEDED, finished=ended)
-    return reading.last_run(connection, wanted) is not None
+    if success is None:
+        return None
+    if success.finished_at is not None and lately.contains(success.finished_at):
+        return success.finished_at
+    return reading.last_success_at(connection, success.task_id)
 
 
 def _summarised(connection: Connection, latest: Sequence[TaskRun], window: Window) -> Iterator[TaskSummary]:
