@@ -4,6 +4,7 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Home, Shell
@@ -100,6 +101,22 @@ def test_filters_choose_tasks(shell: Shell, database: str) -> None:
     assert listed("a*", "--after", "a") == ["a*", "ab"]
     assert listed("a", "--after", "a") == []
     assert listed("--limit", "2") == ["a", "a*"]
+
+
+def test_one_task_among_many_is_found_by_few_questions(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(sqlite, **{f"t{number:02}": "." for number in range(50)}, u="F")
+    asked, tasks = 0, reading.tasks
+
+    def counted(*arguments: Any, **options: Any) -> list[TaskRun]:
+        nonlocal asked
+        asked += 1
+        return tasks(*arguments, **options)
+
+    monkeypatch.setattr(reading, "tasks", counted)
+    with TaskRunHistory.connect(sqlite) as history:
+        (found,) = history.summaries(phases=TaskPhase.FAILED, limit=1)
+        (checked,) = history.check("*u", limit=1)
+    assert (found.task_id, checked.task_id, asked) == ("u", "u", 2)
 
 
 def test_statistics_are_of_the_window(shell: Shell, database: str) -> None:

@@ -1,6 +1,6 @@
 """Whether tasks are well, and why not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
@@ -12,7 +12,6 @@ from taskruns.filters import RunFilter
 from taskruns.globs import Glob
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name
 from taskruns.summaries import last_success, last_success_at, latest_runs, within_last
-from taskruns.windows import Window
 
 _COUNTED = 100
 """Problems in a row that are counted at least."""
@@ -132,14 +131,12 @@ def check(connection: Connection, task_glob: str, rules: Rules, *, limit: int, a
     """Return whether some tasks are well, in the order of their ids: see :meth:`TaskRunRepository.check`."""
     reading.check_limit(limit)
     glob = Glob(task_glob)
-    overdue = _overdue(connection, task_glob, rules)
     found: list[TaskCheck] = []
-    for latest in latest_runs(connection, glob, after, at_once=min(limit, _AT_ONCE)):
-        matching = [run for run in latest if glob.matches(run.task_id)]
-        found += [
-            TaskCheck(run.task_id, run, tuple(_reasons(connection, run, rules, overdue)))
-            for run in matching[: limit - len(found)]
-        ]
+    at_once = min(limit, _AT_ONCE) if task_glob == "*" else _AT_ONCE  # others may leave out most of them
+    for latest in latest_runs(connection, glob, after, at_once=at_once):
+        matching = [run for run in latest if glob.matches(run.task_id)][: limit - len(found)]
+        overdue = _overdue(connection, matching, rules)
+        found += [TaskCheck(run.task_id, run, tuple(_reasons(connection, run, rules, overdue))) for run in matching]
         if len(found) == limit:
             break
     if not found and glob.literal is not None and (after is None or after < glob.literal):
@@ -147,15 +144,14 @@ def check(connection: Connection, task_glob: str, rules: Rules, *, limit: int, a
     return found
 
 
-def _overdue(connection: Connection, task_glob: str, rules: Rules) -> Mapping[str, TaskRun]:
-    """Return of each task the run that has been active for longest, of those for too long."""
-    if rules.max_running is None:
+def _overdue(connection: Connection, tasks: Sequence[TaskRun], rules: Rules) -> Mapping[str, TaskRun]:
+    """Return of each of some tasks, in order, the run that has been active for longest, if that is too long."""
+    if rules.max_running is None or not tasks:
         return {}
-    try:
-        before = Window(until=rules.now - rules.max_running)
-    except OverflowError:
+    before = within_last(rules.max_running, rules.now).since
+    if before is None:
         return {}
-    active = reading.active_runs(connection, RunFilter(task_glob=task_glob, started=before))
+    active = reading.active_between(connection, tasks[0].task_id, tasks[-1].task_id, before)
     return {run.task_id: run for run in reversed(active)}
 
 

@@ -92,6 +92,12 @@ def active_runs(connection: Connection, wanted: RunFilter) -> list[TaskRun]:
     return found if wanted.task_id is None else sorted(found, key=lambda run: (run.started_at, run.attempt))
 
 
+def active_between(connection: Connection, first: str, last: str, before: datetime) -> list[TaskRun]:
+    """Return the runs of the tasks from one to another that started before a moment and are active, in that order."""
+    statement = prepared(connection.dialect, query_statements.active_between)
+    return runs_of_rows(statement.fetch(connection, {"first_task": first, "last_task": last, "started_until": before}))
+
+
 def _fetched(
     connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: int, after: str | None = None
 ) -> list[TaskRun]:

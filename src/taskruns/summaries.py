@@ -70,7 +70,8 @@ def summaries(
     glob = None if task_glob is None else Glob(task_glob)
     lately = None if stale_after is None else within_last(stale_after, datetime.now(UTC))
     is_all = glob is None and wanted is None and stale_after is None
-    for latest in latest_runs(connection, glob, after, at_once=min(limit, _AT_ONCE) if is_all else _AT_ONCE):
+    at_once = min(limit, _AT_ONCE) if is_all else _AT_ONCE
+    for latest in latest_runs(connection, glob, after, at_once=at_once):
         matching = (
             run
             for run in latest
