@@ -12,6 +12,7 @@ from taskruns.filters import RunFilter
 from taskruns.globs import Glob
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name
 from taskruns.summaries import last_success, last_success_at, latest_runs, within_last
+from taskruns.times import in_zone
 
 _COUNTED = 100
 """Problems in a row that are counted at least."""
@@ -110,7 +111,7 @@ class Rules:
             yield f"{ended} {age} ago ({self._moment(last.finished_at)}), attempt {last.attempt}{error}"
 
     def _moment(self, moment: datetime) -> str:
-        return moment.astimezone(self.zone).replace(tzinfo=None).isoformat(" ", "seconds")
+        return in_zone(moment, self.zone).replace(tzinfo=None).isoformat(" ", "seconds")
 
 
 def _span(span: timedelta) -> str:

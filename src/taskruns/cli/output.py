@@ -16,6 +16,7 @@ from rich.text import Text
 from taskruns.cli.durations import readable
 from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase, TaskRun
+from taskruns.times import in_zone
 
 STYLES = {
     TaskPhase.RUNNING: "cyan",
@@ -239,12 +240,12 @@ def long_moment(moment: datetime, zone: tzinfo) -> str:
 
 def short_moment(moment: datetime, zone: tzinfo) -> str:
     """Return a time in few characters: without the year if it is this year's, else without the seconds."""
-    is_of_this_year = moment.astimezone(zone).year == datetime.now(zone).year
+    is_of_this_year = in_zone(moment, zone).year == datetime.now(zone).year
     return long_moment(moment, zone)[5:] if is_of_this_year else _moment(moment, zone, "minutes")
 
 
 def _moment(moment: datetime, zone: tzinfo, precision: str) -> str:
-    return moment.astimezone(zone).replace(tzinfo=None).isoformat(" ", precision)
+    return in_zone(moment, zone).replace(tzinfo=None).isoformat(" ", precision)
 
 
 def _duration(run: TaskRun) -> str:

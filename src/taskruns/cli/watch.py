@@ -20,6 +20,7 @@ from taskruns.following import MIN_INTERVAL, Following
 from taskruns.history import TaskRunHistory
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.retrying import is_lost, is_refusal
+from taskruns.times import in_zone
 
 _WIDEST = 36
 """Cells that a column of names grows to; a longer name takes the room it needs."""
@@ -101,7 +102,7 @@ class _Lines:
 
     def print(self, run: TaskRun) -> None:
         """Print the start of a run that is active, or the end of another one."""
-        moment = (run.finished_at or run.started_at).astimezone(self._zone)
+        moment = in_zone(run.finished_at or run.started_at, self._zone)
         line, error = Text("  ").join(self._cells(run)), summary_of(run.error)
         if self._terminal is None:
             time_of = moment.isoformat(timespec="seconds").replace("+00:00", "Z")
