@@ -11,7 +11,6 @@ from commands import Home, Shell
 from test_output import on_terminal
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory, Window, reading
-from taskruns.cli.durations import compact
 from taskruns.stats import stats_of
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -212,14 +211,3 @@ def test_statistics_are_the_same_however_they_are_found(
     assert {task: stats.to_wire() for task, stats in found.items()} == {
         task: stats.to_wire() for task, stats in expected.items()
     }
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        *((-5, "0s"), (0.9, "0s"), (59.9, "59s"), (60, "1m"), (3599, "59m"), (3600, "1h"), (172799, "47h")),
-        *((172800, "2d"), (999 * 86400, "999d"), (1000 * 86400, "2y")),
-    ],
-)
-def test_age_is_told_in_one_unit(seconds: float, text: str) -> None:
-    assert compact(timedelta(seconds=seconds)) == text

@@ -12,7 +12,7 @@ from taskruns.filters import RunFilter
 from taskruns.globs import Glob
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name
 from taskruns.summaries import last_success, last_success_at, latest_runs, within_last
-from taskruns.times import in_zone
+from taskruns.wording import last_line, local, readable
 
 _COUNTED = 100
 """Problems in a row that are counted at least."""
@@ -83,7 +83,7 @@ class Rules:
         if ended_at is None:
             yield "never succeeded"
         elif self.succeeded_within is not None and self.now - ended_at > self.succeeded_within:
-            yield f"no success for {_span(self.now - ended_at)} (last {self._moment(ended_at)})"
+            yield f"no success for {readable(self.now - ended_at)} (last {local(ended_at, self.zone)})"
 
     @property
     def counted(self) -> int:
@@ -99,33 +99,17 @@ class Rules:
     def running(self, oldest: TaskRun | None) -> Iterator[str]:
         """Yield what is wrong with the oldest active run of a task."""
         if self.max_running is not None and oldest is not None and self.now - oldest.started_at > self.max_running:
-            since = self._moment(oldest.started_at)
-            yield f"running for {_span(self.now - oldest.started_at)} since {since}, attempt {oldest.attempt}"
+            since = local(oldest.started_at, self.zone)
+            yield f"running for {readable(self.now - oldest.started_at)} since {since}, attempt {oldest.attempt}"
 
     def ended(self, last: TaskRun | None) -> Iterator[str]:
         """Yield what is wrong with the latest run of a task that has ended."""
         if self.are_none and last is not None and last.finished_at is not None and last.phase in PROBLEMS:
-            age = _span(self.now - last.finished_at)
-            error = f": {_last_line(last.error)}" if last.error else ""
+            age = readable(self.now - last.finished_at)
+            line = last_line(last.error)
+            error = f": {line[:_LINE]}{'…' * (len(line) > _LINE)}" if line else ""
             ended = "timed out" if last.phase is TaskPhase.TIMEOUT else last.phase
-            yield f"{ended} {age} ago ({self._moment(last.finished_at)}), attempt {last.attempt}{error}"
-
-    def _moment(self, moment: datetime) -> str:
-        return in_zone(moment, self.zone).replace(tzinfo=None).isoformat(" ", "seconds")
-
-
-def _span(span: timedelta) -> str:
-    """Return a span as a few characters, in hours as long as people compare it with such."""
-    minutes, seconds = divmod(max(0, span // timedelta(seconds=1)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:  # noqa: PLR2004  (two days)
-        return f"{hours // 24}d {hours % 24:02}h"
-    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m" if minutes else f"{seconds}s"
-
-
-def _last_line(text: str) -> str:
-    line = text.strip().rpartition("\n")[2]
-    return line if len(line) <= _LINE else f"{line[:_LINE]}…"
+            yield f"{ended} {age} ago ({local(last.finished_at, self.zone)}), attempt {last.attempt}{error}"
 
 
 def check(connection: Connection, task_glob: str, rules: Rules, *, limit: int, after: str | None) -> list[TaskCheck]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.durations import Duration, compact, readable
+from taskruns.cli.durations import Duration
 from taskruns.cli.filters import (
     phase_option,
     phases_of,
@@ -21,12 +21,13 @@ from taskruns.cli.filters import (
     tz_option,
     window_of,
 )
-from taskruns.cli.output import STYLES, long_moment, percent, print_json, print_rows, printable, zone_name
+from taskruns.cli.output import STYLES, percent, print_json, print_rows, printable, zone_name
 from taskruns.cli.queries import ROWS, is_unknown, json_option, limit_option, unknown
 from taskruns.cli.task_id import TaskId
 from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.summaries import TaskSummary
+from taskruns.wording import compact, local, readable
 
 _PAGE = 100
 """Tasks that are looked at together."""
@@ -129,7 +130,7 @@ def _print(summaries: Sequence[TaskSummary], zone: tzinfo) -> None:
         if run is None:
             return Text("never", style=style)
         moment = run.finished_at or run.started_at
-        return Text(compact(now - moment) if sys.stdout.isatty() else long_moment(moment, zone))
+        return Text(compact(now - moment) if sys.stdout.isatty() else local(moment, zone))
 
     print_rows(headings, [_row(summary, when) for summary in summaries])
 
