@@ -13,9 +13,8 @@ from taskruns.checks import TaskCheck
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import Duration
-from taskruns.cli.filters import TaskPattern, tz_option
+from taskruns.cli.options import TaskPattern, json_option, tz_option
 from taskruns.cli.output import print_json, printable
-from taskruns.cli.queries import json_option
 from taskruns.reader import PAGE, Reader
 
 _WORDS = {True: ("ok", "green"), False: ("not well", "red")}

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.filters import filter_options, task_argument
+from taskruns.cli.filters import filter_options
+from taskruns.cli.options import task_argument
 from taskruns.cli.output import (
     STYLES,
     holds_unicode,
@@ -21,7 +22,7 @@ from taskruns.cli.output import (
     printable,
     zone_name,
 )
-from taskruns.cli.queries import is_unknown, unknown
+from taskruns.cli.unknown import is_unknown, unknown
 from taskruns.filters import ANY_TIME, RunFilter
 from taskruns.model import TaskPhase
 from taskruns.stats import RunStats, Span, StatsPart

@@ -12,7 +12,10 @@ from rich.text import Text
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import Duration
-from taskruns.cli.filters import (
+from taskruns.cli.options import (
+    ROWS,
+    json_option,
+    limit_option,
     phase_option,
     phases_of,
     problems_option,
@@ -22,8 +25,8 @@ from taskruns.cli.filters import (
     window_of,
 )
 from taskruns.cli.output import STYLES, percent, print_json, print_rows, printable, zone_name
-from taskruns.cli.queries import ROWS, is_unknown, json_option, limit_option, unknown
 from taskruns.cli.task_id import TaskId
+from taskruns.cli.unknown import is_unknown, unknown
 from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.summaries import TaskSummary

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from taskruns.cli import advice, complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.filters import phase_option, phases_of, problems_option, task_and_glob, task_argument, tz_option
+from taskruns.cli.options import phase_option, phases_of, problems_option, task_and_glob, task_argument, tz_option
 from taskruns.cli.output import STYLES, print_json, printable, summary_of
 from taskruns.filters import RunFilter
 from taskruns.following import MIN_INTERVAL, Following
