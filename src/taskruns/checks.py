@@ -114,7 +114,7 @@ class Rules:
 
 def check(connection: Connection, task_glob: str, rules: Rules, *, limit: int, after: str | None) -> list[TaskCheck]:
     """Return whether some tasks are well, in the order of their ids: see :meth:`TaskRunRepository.check`."""
-    reading.check_limit(limit)
+    limit = reading.check_limit(limit)
     glob = Glob(task_glob)
     found: list[TaskCheck] = []
     at_once = min(limit, _AT_ONCE) if task_glob == "*" else _AT_ONCE  # others may leave out most of them
@@ -141,7 +141,7 @@ def _overdue(connection: Connection, tasks: Sequence[TaskRun], rules: Rules) -> 
 
 
 def _reasons(connection: Connection, latest: TaskRun, rules: Rules, overdue: Mapping[str, TaskRun]) -> Iterator[str]:
-    # Nothing is asked of a task whose latest run has succeeded, as of nearly all.
+    # Nothing is asked of a task whose latest run has succeeded in time, as of nearly all.
     if rules.succeeded_within is not None or rules.max_problems is not None:
         success = last_success(connection, latest)
         if rules.succeeded_within is not None:

@@ -64,7 +64,7 @@ def summaries(
     after: str | None,
 ) -> list[TaskSummary]:
     """Return the summaries of some tasks, in the order of their ids: see :meth:`TaskRunRepository.summaries`."""
-    reading.check_limit(limit)
+    limit = reading.check_limit(limit)
     found: list[TaskSummary] = []
     wanted = RunFilter(phases=phases).phases
     glob = None if task_glob is None else Glob(task_glob)
