@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     ColumnElement,
     Integer,
     Select,
@@ -293,6 +294,17 @@ def starts(question: Question, are_active: bool, dialect: str) -> Select[Any]:  
     return query.with_hint(_T, f"INDEXED BY ix_task_runs_{'active' if are_active else 'started'}", "sqlite")
 
 
+def active_between() -> Select[Any]:
+    """Select the active runs of a range of tasks that started before a moment, in the order of the starts.
+
+    SQLite has to be told the index: it would read all runs of the tasks.
+    """
+    tasks = and_(_C.task_id >= _bind("first_task", _C.task_id), _C.task_id <= _bind("last_task", _C.task_id))
+    is_early = _C.started_at < _bind("started_until", _C.started_at)
+    query = select(*COLUMNS).where(_C.finished_at.is_(None), is_early, tasks).order_by(_C.started_at, _C.attempt)
+    return query.with_hint(_T, "INDEXED BY ix_task_runs_active", "sqlite")
+
+
 def count(question: Question, dialect: str) -> Select[Any]:
     """Select how many runs there are."""
     where = conditions(question, dialect)
@@ -337,6 +349,12 @@ def some_problems() -> Select[Any]:
     after = [_C.task_id == _bind("task", _C.task_id), _C.attempt > _bind("attempt", _C.attempt)]
     problems: Select[Any] = select(literal_column("1")).select_from(_T).where(*after, text(IS_PROBLEM))
     return _counted(problems.with_hint(_T, "INDEXED BY ix_task_runs_problems_of_task", "sqlite"))
+
+
+def last_success_at() -> Select[Any]:
+    """Select when the success of a task that ended last did: it reads all runs of the task."""
+    is_success = literal_column("phase = 'succeeded'", Boolean)
+    return select(func.max(_C.finished_at)).where(_C.task_id == _bind("task", _C.task_id), is_success)
 
 
 def newest_phases() -> Select[Any]:

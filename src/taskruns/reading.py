@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Dialect
 from taskruns import query_statements, statements, stats_statements, task_statements
 from taskruns.filters import RunFilter, RunOrder
 from taskruns.model import MAX_ATTEMPT, TaskPhase, TaskRun, checked_name, checked_number
-from taskruns.prepared import PHASES, ended_of_rows, prepared, runs_of_rows
+from taskruns.prepared import PHASES, ended_of_rows, moment_of, prepared, runs_of_rows
 from taskruns.query_statements import Question, question_of
 from taskruns.stats import PERCENTS, DurationStats, Ended, RunStats, Span, StatsPart, last_ends, stats_by, stats_of
 from taskruns.times import parse_time, rfc3339
@@ -92,6 +92,12 @@ def active_runs(connection: Connection, wanted: RunFilter) -> list[TaskRun]:
     return found if wanted.task_id is None else sorted(found, key=lambda run: (run.started_at, run.attempt))
 
 
+def active_between(connection: Connection, first: str, last: str, before: datetime) -> list[TaskRun]:
+    """Return the runs of the tasks from one to another that started before a moment and are active, in that order."""
+    statement = prepared(connection.dialect, query_statements.active_between)
+    return runs_of_rows(statement.fetch(connection, {"first_task": first, "last_task": last, "started_until": before}))
+
+
 def _fetched(
     connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: int, after: str | None = None
 ) -> list[TaskRun]:
@@ -111,6 +117,12 @@ def newest_phases(connection: Connection, task_id: str, most: int) -> tuple[Task
     statement = prepared(connection.dialect, query_statements.newest_phases)
     rows = statement.fetch(connection, {"task": task_id, "limit": most})
     return tuple([PHASES[phase] for (phase,) in rows])
+
+
+def last_success_at(connection: Connection, task_id: str) -> datetime | None:
+    """Return when the success of a task that ended last did, of all its runs; None if there is none."""
+    ((ended_at,),) = prepared(connection.dialect, query_statements.last_success_at).fetch(connection, {"task": task_id})
+    return None if ended_at is None else moment_of(ended_at)
 
 
 def problems_after(connection: Connection, task_id: str, attempt: int, most: int) -> int:

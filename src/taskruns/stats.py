@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from taskruns.model import PROBLEMS, TaskPhase
-from taskruns.times import rfc3339
+from taskruns.times import in_zone, rfc3339
 
 PERCENTS = (50, 95, 99)
 
@@ -162,7 +162,7 @@ class Span(StrEnum):
 
     def number(self, moment: datetime, zone: tzinfo) -> int:
         """Return the day in which a moment is, as days since 1970, or when its hour began, as seconds since then."""
-        local = _in_zone(moment, zone)
+        local = in_zone(moment, zone)
         if self is Span.DAY:
             return local.toordinal() - _FIRST_DAY
         seconds = (moment - _EPOCH) // _SECOND
@@ -171,9 +171,9 @@ class Span(StrEnum):
     def start(self, number: int, zone: tzinfo) -> datetime:
         """Return when the day or hour of a number begins, in the time zone."""
         if self is Span.HOUR:
-            return _in_zone(_EPOCH + max(number, _FIRST_SECOND) * _SECOND, zone)
+            return in_zone(_EPOCH + max(number, _FIRST_SECOND) * _SECOND, zone)
         midnight = datetime.combine(date.fromordinal(number + _FIRST_DAY), datetime.min.time(), zone)
-        return _in_zone(_in_zone(midnight, UTC), zone)  # clocks may be put forward at midnight
+        return in_zone(in_zone(midnight, UTC), zone)  # clocks may be put forward at midnight
 
     def segments(self, zone: tzinfo, since: datetime, until: datetime) -> tuple[tuple[datetime | None, int], ...]:
         """Return the offsets, in seconds, by which the numbers of some time are found, and until when."""
@@ -193,16 +193,8 @@ class Span(StrEnum):
         return (*found, (None, offset))
 
     def _offset(self, moment: datetime, zone: tzinfo) -> int:
-        offset = _offset(_in_zone(moment, zone))
+        offset = _offset(in_zone(moment, zone))
         return offset if self is Span.DAY else offset % 3600
-
-
-def _in_zone(moment: datetime, zone: tzinfo) -> datetime:
-    """Return a moment by the clock of a zone, or as it is where that would be before the year 1 or after 9999."""
-    try:
-        return moment.astimezone(zone)
-    except OverflowError:
-        return moment
 
 
 def _offset(local: datetime) -> int:

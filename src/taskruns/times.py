@@ -1,7 +1,7 @@
 """Moments: aware, in UTC, as text and as numbers."""
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 
 
 def in_utc(value: datetime, what: str) -> datetime:
@@ -16,6 +16,14 @@ def in_utc(value: datetime, what: str) -> datetime:
         return value.astimezone(UTC)
     except OverflowError:
         raise ValueError(f"{what} is out of range: {value!r}") from None
+
+
+def in_zone(moment: datetime, zone: tzinfo) -> datetime:
+    """Return a moment by the clock of a zone, or as it is where that would be before the year 1 or after 9999."""
+    try:
+        return moment.astimezone(zone)
+    except OverflowError:
+        return moment
 
 
 def rfc3339(value: datetime) -> str:

@@ -7,8 +7,11 @@ import click
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.filters import (
-    filter_options,
+from taskruns.cli.filters import filter_options
+from taskruns.cli.options import (
+    ROWS,
+    json_option,
+    limit_option,
     phase_option,
     phases_of,
     problems_option,
@@ -18,16 +21,12 @@ from taskruns.cli.filters import (
 )
 from taskruns.cli.output import columns_of, print_json, print_run, print_table, printable
 from taskruns.cli.task_id import TaskId
+from taskruns.cli.unknown import is_unknown, unknown
 from taskruns.filters import RunFilter, RunOrder
 from taskruns.model import MAX_ATTEMPT, TaskPhase, TaskRun
 from taskruns.reader import PAGE, Reader
 
-ROWS = 50
-"""Rows of a table, unless told otherwise. JSON has no such limit."""
-
 _task = click.argument("task", type=TaskId())
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each.")
-limit_option = click.option("--limit", type=click.IntRange(1), help=f"Print so many; of a table {ROWS}, of JSON all.")
 
 
 @click.command("runs")
@@ -100,11 +99,6 @@ def _list(
     return 0
 
 
-def is_unknown(history: Reader, wanted: RunFilter) -> bool:
-    """Whether it is a task that was asked for, and it has no run at all."""
-    return wanted.task_id is not None and history.last_run(wanted.task_id) is None
-
-
 @click.command("show")
 @_task
 @click.argument("attempt", type=click.IntRange(1, MAX_ATTEMPT), required=False)
@@ -168,9 +162,3 @@ def _print_one(run: TaskRun, zone: tzinfo, *, as_json: bool) -> None:
         print_json(run.to_wire())
     else:
         print_run(run, zone)
-
-
-def unknown(what: str) -> int:
-    """Say that there is no such run, and return the exit status."""
-    complain(f"no run of {printable(what)}")
-    return 1
