@@ -1,7 +1,9 @@
 """`taskruns check` and `history.check()`: whether tasks are well, and why not."""
 
 import json
+import os
 import re
+import signal
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -258,3 +260,19 @@ def test_hostile_text_does_no_harm(shell: Shell, home: Home, sqlite: str) -> Non
     assert "[bold]x[/]" in piped
     shown = on_terminal(home, "check", "ok", "--db", sqlite)
     assert "\x1b[32mok" in shown
+
+
+def test_run_whose_process_was_killed_is_not_well(home: Home, shell: Shell) -> None:
+    process = home.start("exec", "job", "--", "sleep", "60", start_new_session=True)
+    while not (Path(home.database.removeprefix("sqlite:///")).exists() and home.taskruns("active", "job").stdout):
+        assert process.poll() is None
+    assert shell("check", "job").status == 0
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    answer = shell("check", "job")
+    assert answer.status == 1
+    assert re.fullmatch(r"not well  job: its process is gone, attempt 1, running since [-\d]+ [\d:]+\n", answer.out)
+    assert shell("check", "job", "--max-problems", "0").status == 1
+    assert shell("check", "job", "--max-problems", "1").status == 0
+    home.taskruns("recover", check=True)
+    assert "failed" in shell("check", "job").out

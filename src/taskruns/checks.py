@@ -7,9 +7,10 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from taskruns import reading
+from taskruns import reading, recovery
 from taskruns.filters import RunFilter
 from taskruns.globs import Glob
+from taskruns.liveness import Process
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name
 from taskruns.summaries import last_success, last_success_at, latest_runs, within_last
 from taskruns.wording import last_line, local, readable
@@ -102,6 +103,10 @@ class Rules:
             since = local(oldest.started_at, self.zone)
             yield f"running for {readable(self.now - oldest.started_at)} since {since}, attempt {oldest.attempt}"
 
+    def lost(self, run: TaskRun) -> Iterator[str]:
+        """Yield what is wrong with a run whose process is gone, and that nobody has closed yet."""
+        yield f"its process is gone, attempt {run.attempt}, running since {local(run.started_at, self.zone)}"
+
     def ended(self, last: TaskRun | None) -> Iterator[str]:
         """Yield what is wrong with the latest run of a task that has ended."""
         if self.are_none and last is not None and last.finished_at is not None and last.phase in PROBLEMS:
@@ -117,16 +122,27 @@ def check(connection: Connection, task_glob: str, rules: Rules, *, limit: int, a
     limit = reading.check_limit(limit)
     glob = Glob(task_glob)
     found: list[TaskCheck] = []
+    lost = _lost(connection)
     at_once = min(limit, _AT_ONCE) if task_glob == "*" else _AT_ONCE  # others may leave out most of them
     for latest in latest_runs(connection, glob, after, at_once=at_once):
         matching = [run for run in latest if glob.matches(run.task_id)][: limit - len(found)]
         overdue = _overdue(connection, matching, rules)
-        found += [TaskCheck(run.task_id, run, tuple(_reasons(connection, run, rules, overdue))) for run in matching]
+        for run in matching:
+            reasons = _reasons(connection, run, rules, overdue.get(run.task_id), lost.get(run.task_id, []))
+            found.append(TaskCheck(run.task_id, run, tuple(reasons)))
         if len(found) == limit:
             break
     if not found and glob.literal is not None and (after is None or after < glob.literal):
         found.append(TaskCheck(checked_name(glob.literal, "task id"), None, ("never seen",)))
     return found
+
+
+def _lost(connection: Connection) -> Mapping[str, list[TaskRun]]:
+    """Return of each task the active runs whose process is gone, as they are going to be closed, newest first."""
+    lost: dict[str, list[TaskRun]] = {}
+    for loss in recovery.find_losses(connection, Process.here()):
+        lost.setdefault(loss.run.task_id, []).append(loss.run)
+    return {task_id: sorted(runs, key=lambda run: -run.attempt) for task_id, runs in lost.items()}
 
 
 def _overdue(connection: Connection, tasks: Sequence[TaskRun], rules: Rules) -> Mapping[str, TaskRun]:
@@ -140,7 +156,9 @@ def _overdue(connection: Connection, tasks: Sequence[TaskRun], rules: Rules) -> 
     return {run.task_id: run for run in reversed(active)}
 
 
-def _reasons(connection: Connection, latest: TaskRun, rules: Rules, overdue: Mapping[str, TaskRun]) -> Iterator[str]:
+def _reasons(
+    connection: Connection, latest: TaskRun, rules: Rules, overdue: TaskRun | None, lost: Sequence[TaskRun]
+) -> Iterator[str]:
     # Nothing is asked of a task whose latest run has succeeded in time, as of nearly all.
     if rules.succeeded_within is not None or rules.max_problems is not None:
         success = last_success(connection, latest)
@@ -149,8 +167,13 @@ def _reasons(connection: Connection, latest: TaskRun, rules: Rules, overdue: Map
             yield from rules.success(last_success_at(connection, success, lately))
         if rules.max_problems is not None and success != latest:
             after = 0 if success is None else success.attempt
-            yield from rules.problems(reading.problems_after(connection, latest.task_id, after, rules.counted))
-    yield from rules.running(overdue.get(latest.task_id))
+            count = reading.problems_after(connection, latest.task_id, after, rules.counted)
+            yield from rules.problems(count + sum(run.attempt > after for run in lost))
+    yield from rules.running(overdue)
     if rules.are_none:
         ended = latest if latest.finished_at is not None else None
-        yield from rules.ended(ended or reading.last_run(connection, RunFilter(latest.task_id, active=False)))
+        ended = ended or reading.last_run(connection, RunFilter(latest.task_id, active=False))
+        if lost and (ended is None or lost[0].attempt > ended.attempt):
+            yield from rules.lost(lost[0])
+        else:
+            yield from rules.ended(ended)

@@ -32,8 +32,8 @@ _task = click.argument("task", type=TaskId())
 @click.command("runs")
 @task_argument
 @filter_options
-@click.option("--oldest-first", "order", flag_value=RunOrder.OLDEST, help="In the reverse order.")
-@click.option("--longest-first", "order", flag_value=RunOrder.LONGEST, help="By duration: of a task, or in a window.")
+@click.option("--oldest-first", is_flag=True, help="Oldest first instead of newest first.")
+@click.option("--longest-first", is_flag=True, help="By duration: of a task, or in a window.")
 @click.option("--count", "only_count", is_flag=True, help="Only print how many there are.")
 @limit_option
 @click.option("--after", metavar="CURSOR", help="Go on where an earlier page ended.")
@@ -42,7 +42,8 @@ _task = click.argument("task", type=TaskId())
 def runs_command(
     wanted: RunFilter,
     zone: tzinfo,
-    order: RunOrder | None,
+    oldest_first: bool,
+    longest_first: bool,
     only_count: bool,
     limit: int | None,
     after: str | None,
@@ -52,6 +53,9 @@ def runs_command(
 
     Newest first: of one task by attempt, of several by their start, and with --problems by their end.
     """
+    if oldest_first and longest_first:
+        raise click.UsageError("--oldest-first and --longest-first exclude each other")
+    order = RunOrder.OLDEST if oldest_first else RunOrder.LONGEST if longest_first else RunOrder.NEWEST
     with database().reading() as history:
         if only_count:
             count = history.count_runs(wanted)
@@ -59,7 +63,7 @@ def runs_command(
                 return unknown(str(wanted.task_id))
             print_json({"runs": count}) if as_json else click.echo(str(count))
             return 0
-        return _list(history, wanted, order or RunOrder.NEWEST, zone, limit=limit, after=after, as_json=as_json)
+        return _list(history, wanted, order, zone, limit=limit, after=after, as_json=as_json)
 
 
 def _list(
