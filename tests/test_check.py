@@ -1,7 +1,10 @@
 """`taskruns check` and `history.check()`: whether tasks are well, and why not."""
 
 import json
+import os
 import re
+import signal
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ from commands import Answer, Home, Shell
 from sqlalchemy import NullPool, create_engine
 from test_output import HOSTILE, on_terminal
 
-from taskruns import TaskCheck, TaskPhase, TaskRun, TaskRunHistory
+from taskruns import TaskCheck, TaskPhase, TaskRun, TaskRunHistory, reading
 from taskruns.checks import Rules, check
+from taskruns.prepared import runs_of_rows
 from taskruns.url import parse_url
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -126,6 +130,32 @@ def test_pages_follow_each_other(history: TaskRunHistory) -> None:
     assert history.check("a", after="a") == history.check("nothing", after="other") == []
 
 
+def test_success_of_an_earlier_attempt_that_ended_later_counts(history: TaskRunHistory) -> None:
+    history.add_runs([run("job", 1, ".", 1), run("job", 2, ".", 9), run("job", 3, "F", 8)])
+    (found,) = history.check("job", succeeded_within=2 * HOUR)
+    assert found.is_well
+    assert history.summaries(stale_after=2 * HOUR) == []
+    assert [summary.task_id for summary in history.summaries(stale_after=HOUR / 2)] == ["job"]
+    (found,) = history.check("job", succeeded_within=HOUR / 2)
+    assert [reason.partition(" (")[0] for reason in found.reasons] == ["no success for 1h 00m"]
+
+
+def test_runs_that_are_overdue_are_read_once(history: TaskRunHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(history, None, **{f"t{number:02}": ">." for number in range(20)})
+    read = 0
+
+    def counted(rows: Sequence[Sequence[Any]]) -> list[TaskRun]:
+        nonlocal read
+        read += len(rows)
+        return runs_of_rows(rows)
+
+    monkeypatch.setattr(reading, "runs_of_rows", counted)
+    after, overdue = None, 0
+    while found := history.check("*", max_running=HOUR, limit=2, after=after):
+        after, overdue = found[-1].task_id, overdue + sum(not check.is_well for check in found)
+    assert (overdue, read) == (20, 40)  # each task's latest run, and the one that is overdue
+
+
 def test_what_was_never_seen_is_not_well(history: TaskRunHistory) -> None:
     (found,) = history.check("job[*]")
     assert (found.task_id, found.last_run, found.reasons, found.is_well) == ("job*", None, ("never seen",), False)
@@ -168,6 +198,7 @@ def test_longest_of_times_are_no_rule(sqlite: str) -> None:
     with TaskRunHistory.connect(sqlite) as history:
         made(history, job=".>")
         assert history.check("job", succeeded_within=timedelta.max, max_running=timedelta.max)[0].is_well
+        assert history.summaries(stale_after=timedelta.max) == []
 
 
 def checked(shell: Shell, url: str, *arguments: str, **tasks: str) -> Answer:
@@ -229,3 +260,19 @@ def test_hostile_text_does_no_harm(shell: Shell, home: Home, sqlite: str) -> Non
     assert "[bold]x[/]" in piped
     shown = on_terminal(home, "check", "ok", "--db", sqlite)
     assert "\x1b[32mok" in shown
+
+
+def test_run_whose_process_was_killed_is_not_well(home: Home, shell: Shell) -> None:
+    process = home.start("exec", "job", "--", "sleep", "60", start_new_session=True)
+    while not (Path(home.database.removeprefix("sqlite:///")).exists() and home.taskruns("active", "job").stdout):
+        assert process.poll() is None
+    assert shell("check", "job").status == 0
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    answer = shell("check", "job")
+    assert answer.status == 1
+    assert re.fullmatch(r"not well  job: its process is gone, attempt 1, running since [-\d]+ [\d:]+\n", answer.out)
+    assert shell("check", "job", "--max-problems", "0").status == 1
+    assert shell("check", "job", "--max-problems", "1").status == 0
+    home.taskruns("recover", check=True)
+    assert "failed" in shell("check", "job").out

@@ -13,7 +13,7 @@ from histories import Histories
 from sqlalchemy import event, make_url, select
 from sqlalchemy.exc import OperationalError
 
-from taskruns import RunExistsError, TaskRunHistory, query_statements
+from taskruns import RunExistsError, TaskRunHistory, task_statements
 from taskruns.aio import AsyncTaskRunHistory
 from taskruns.schema import task_runs
 from taskruns.url import ASYNC_DRIVERS, hide_password, parse_url
@@ -113,8 +113,8 @@ def test_cache_size_is_in_mebibytes(sqlite: str, histories: Histories) -> None:
             found.append(cursor.fetchone()[0])
 
         found: list[int] = []
-        assert runs.get_run("job", 1) is None
-    assert found == [-65536]
+        runs.open_run("job")
+    assert set(found) == {-65536}
 
 
 @pytest.mark.parametrize(("option", "threshold"), [("none", None), ("None", None), ("0", 0), ("7", 7)])
@@ -206,7 +206,7 @@ def test_forms_of_the_task_list_agree(postgresql: str, walk: tuple[bool, bool]) 
         ]
         with history._engine.connect() as connection:
             for extra in arguments:
-                query = query_statements.tasks(*walk, "after" if "after" in extra else None)
+                query = task_statements.tasks(*walk, "after" if "after" in extra else None)
                 found = [tuple(row) for row in connection.execute(query, {"limit": 99} | extra)]
                 latest = [(run.task_id, run.attempt) for run in history.tasks(**extra)]
                 assert [(row[0], row[1]) for row in found] == latest

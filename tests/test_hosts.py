@@ -121,7 +121,7 @@ def test_citus_has_the_same_answers(postgresql: str, monkeypatch: pytest.MonkeyP
     with TaskRunHistory.connect(postgresql) as history:
         history.add_runs(RUNS)
         answers = [question(history) for question in QUESTIONS]
-    monkeypatch.setattr("taskruns.query_statements.citus", lambda: select(literal(1)))
+    monkeypatch.setattr("taskruns.task_statements.citus", lambda: select(literal(1)))
     with TaskRunHistory.connect(postgresql) as history:
         assert [question(history) for question in QUESTIONS] == answers
 
@@ -141,4 +141,47 @@ def test_a_hosts_read_only_file_has_the_same_answers(sqlite: str, mode: str) -> 
     with engine.connect() as connection:
         repository = TaskRunRepository(connection)
         assert [question(repository) for question in QUESTIONS] == answers
+    engine.dispose()
+
+
+def test_hosts_schema_is_the_one_that_is_read(postgresql: str) -> None:
+    engine = create_engine(make_url(postgresql).set(drivername="postgresql+psycopg"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE SCHEMA tenant")
+        connection.exec_driver_sql("CREATE TABLE tenant.task_runs (LIKE task_runs INCLUDING ALL)")
+    with engine.connect().execution_options(schema_translate_map={None: "tenant"}) as connection, connection.begin():
+        runs = TaskRunRepository(connection)
+        runs.open_run("job")
+        assert runs.get_run("job", 1) == runs.last_run("job") == runs.runs().runs[0]
+        assert runs.stats().runs == 1
+    with engine.begin() as connection:
+        assert TaskRunRepository(connection).runs().runs == []
+        connection.exec_driver_sql("DROP SCHEMA tenant CASCADE")
+    engine.dispose()
+
+
+def test_durations_are_not_of_the_clocks_of_a_sessions_zone(postgresql: str) -> None:
+    hour = timedelta(hours=1)
+    changes = [datetime(2026, 3, 29, 0, 30, tzinfo=UTC), datetime(2026, 10, 25, 0, 30, tzinfo=UTC)]
+    with TaskRunHistory.connect(postgresql) as history:
+        history.add_runs(
+            [TaskRun("job", n, TaskPhase.SUCCEEDED, start, start + hour) for n, start in enumerate(changes, 1)]
+        )
+    url = make_url(postgresql).set(drivername="postgresql+psycopg")
+    engine = create_engine(url, connect_args={"options": "-c timezone=Europe/Berlin"})
+    with engine.connect() as connection:
+        duration = TaskRunRepository(connection).stats("job").duration
+    engine.dispose()
+    assert duration is not None
+    assert (duration.min, duration.max) == (hour, hour)
+
+
+def test_host_reads_tables_that_are_not_brought_up_to_date(sqlite: str) -> None:
+    engine = create_engine(sqlite)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP INDEX ix_task_runs_problems_of_task")
+        runs = TaskRunRepository(connection)
+        runs.open_run("job")
+        failed = runs.close_run("job", 1, TaskPhase.FAILED, error="x")
+        assert runs.runs("job", phases=PROBLEMS).runs == [failed]
     engine.dispose()

@@ -6,12 +6,15 @@ import pty
 import re
 import select
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 from commands import Home, Shell
 
-from taskruns import TaskPhase, TaskRunHistory
+from taskruns import TaskPhase, TaskRun, TaskRunHistory
+from taskruns.cli.output import short_moment
 
 HOSTILE = (
     "\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b2J \r overwritten \b\b [bold]markup[/bold] [/] [link=x]y[/link] "
@@ -153,6 +156,20 @@ def test_columns_stay_in_line_below_wide_characters(shell: Shell, sqlite: str) -
     wide = {"家": 2, "族": 2, "🎉": 2}
     starts = {sum(wide.get(character, 1) for character in line[: line.index("failed")]) for line in lines[1:]}
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize("command", ["runs", "show job", "tasks", "check *", "stats --by hour"])
+@pytest.mark.parametrize(("year", "zone"), [(1, "America/New_York"), (9999, "Asia/Tokyo")])
+def test_run_at_the_ends_of_time_is_shown_in_any_zone(
+    shell: Shell, sqlite: str, command: str, year: int, zone: str
+) -> None:
+    moment = datetime(year, 12, 31, 23, 59, 59, tzinfo=UTC) if year > 1 else datetime(1, 1, 1, tzinfo=UTC)
+    with TaskRunHistory.connect(sqlite) as history:
+        history.add_runs([TaskRun("job", 1, TaskPhase.FAILED, moment, moment)])
+    answer = shell(*command.split(), "--tz", zone, "--db", sqlite)
+    assert (answer.status, answer.err) == (int(command == "check *"), "")
+    assert f"{year:04}-" in answer.out
+    assert short_moment(moment, ZoneInfo(zone)).startswith(f"{year:04}-")
 
 
 @pytest.mark.parametrize("options", [("--json",), ()])

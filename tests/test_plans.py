@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 from clients import BLOCKS
 from sqlalchemy import Connection, Select, Table, create_engine, insert, select, text
-from sqlalchemy.pool import NullPool
 
-from taskruns import PROBLEMS, RunFilter, RunOrder, TaskPhase, Window, pruning_statements, schema, statements
+from taskruns import PROBLEMS, RunFilter, RunOrder, TaskPhase, Window, engine, pruning_statements, schema, statements
 from taskruns.following import PAGE
 from taskruns.prepared import Prepared
 from taskruns.query_statements import question_of, runs, starts
@@ -130,7 +129,8 @@ def test_every_reader_has_its_index(database: str) -> None:
     url = parse_url(database)
     kind = {"mysql": "mariadb"}.get(url.get_backend_name(), url.get_backend_name())
     plans: dict[str, tuple[str, str]] = {}
-    with create_engine(url, poolclass=NullPool).connect() as connection:
+    own = engine.create(url)
+    with own.connect() as connection:
         fill(connection, schema.task_runs)
         connection.commit()
         for has_statistics in (False, True):
@@ -151,6 +151,7 @@ def test_every_reader_has_its_index(database: str) -> None:
                 plans[f"{reader}, {has_statistics=}"] = (plan(connection, query), index[kind])
         for name, indexes in DOCUMENTED.items():
             plans[name] = (plan(connection, asked(name)), indexes.get(kind, ""))
+    own.dispose()
     wrong = {reader: found for reader, (found, wanted) in plans.items() if wanted not in found}
     assert not wrong
 

@@ -4,13 +4,13 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Home, Shell
 from test_output import on_terminal
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory, Window, reading
-from taskruns.cli.durations import compact
 from taskruns.stats import stats_of
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -100,6 +100,22 @@ def test_filters_choose_tasks(shell: Shell, database: str) -> None:
     assert listed("a*", "--after", "a") == ["a*", "ab"]
     assert listed("a", "--after", "a") == []
     assert listed("--limit", "2") == ["a", "a*"]
+
+
+def test_one_task_among_many_is_found_by_few_questions(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(sqlite, **{f"t{number:02}": "." for number in range(50)}, u="F")
+    asked, tasks = 0, reading.tasks
+
+    def counted(*arguments: Any, **options: Any) -> list[TaskRun]:
+        nonlocal asked
+        asked += 1
+        return tasks(*arguments, **options)
+
+    monkeypatch.setattr(reading, "tasks", counted)
+    with TaskRunHistory.connect(sqlite) as history:
+        (found,) = history.summaries(phases=TaskPhase.FAILED, limit=1)
+        (checked,) = history.check("*u", limit=1)
+    assert (found.task_id, checked.task_id, asked) == ("u", "u", 2)
 
 
 def test_statistics_are_of_the_window(shell: Shell, database: str) -> None:
@@ -195,14 +211,3 @@ def test_statistics_are_the_same_however_they_are_found(
     assert {task: stats.to_wire() for task, stats in found.items()} == {
         task: stats.to_wire() for task, stats in expected.items()
     }
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        *((-5, "0s"), (0.9, "0s"), (59.9, "59s"), (60, "1m"), (3599, "59m"), (3600, "1h"), (172799, "47h")),
-        *((172800, "2d"), (999 * 86400, "999d"), (1000 * 86400, "2y")),
-    ],
-)
-def test_age_is_told_in_one_unit(seconds: float, text: str) -> None:
-    assert compact(timedelta(seconds=seconds)) == text

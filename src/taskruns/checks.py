@@ -1,18 +1,19 @@
 """Whether tasks are well, and why not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 
 from sqlalchemy import Connection
 
-from taskruns import reading
+from taskruns import reading, recovery
 from taskruns.filters import RunFilter
 from taskruns.globs import Glob
+from taskruns.liveness import Process
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_name
-from taskruns.summaries import latest_runs
-from taskruns.windows import Window
+from taskruns.summaries import last_success, last_success_at, latest_runs, within_last
+from taskruns.wording import last_line, local, readable
 
 _COUNTED = 100
 """Problems in a row that are counted at least."""
@@ -78,14 +79,12 @@ class Rules:
         """Whether none is given: then the latest run that has ended is not to be a problem."""
         return self.succeeded_within is None and self.max_problems is None and self.max_running is None
 
-    def success(self, last: TaskRun | None) -> Iterator[str]:
-        """Yield what is wrong with the last success of a task."""
-        if self.succeeded_within is None:
-            return
-        if last is None:
+    def success(self, ended_at: datetime | None) -> Iterator[str]:
+        """Yield what is wrong with the end of the last success of a task."""
+        if ended_at is None:
             yield "never succeeded"
-        elif last.finished_at is not None and self.now - last.finished_at > self.succeeded_within:
-            yield f"no success for {_span(self.now - last.finished_at)} (last {self._moment(last.finished_at)})"
+        elif self.succeeded_within is not None and self.now - ended_at > self.succeeded_within:
+            yield f"no success for {readable(self.now - ended_at)} (last {local(ended_at, self.zone)})"
 
     @property
     def counted(self) -> int:
@@ -101,47 +100,36 @@ class Rules:
     def running(self, oldest: TaskRun | None) -> Iterator[str]:
         """Yield what is wrong with the oldest active run of a task."""
         if self.max_running is not None and oldest is not None and self.now - oldest.started_at > self.max_running:
-            since = self._moment(oldest.started_at)
-            yield f"running for {_span(self.now - oldest.started_at)} since {since}, attempt {oldest.attempt}"
+            since = local(oldest.started_at, self.zone)
+            yield f"running for {readable(self.now - oldest.started_at)} since {since}, attempt {oldest.attempt}"
+
+    def lost(self, run: TaskRun) -> Iterator[str]:
+        """Yield what is wrong with a run whose process is gone, and that nobody has closed yet."""
+        yield f"its process is gone, attempt {run.attempt}, running since {local(run.started_at, self.zone)}"
 
     def ended(self, last: TaskRun | None) -> Iterator[str]:
         """Yield what is wrong with the latest run of a task that has ended."""
         if self.are_none and last is not None and last.finished_at is not None and last.phase in PROBLEMS:
-            age = _span(self.now - last.finished_at)
-            error = f": {_last_line(last.error)}" if last.error else ""
+            age = readable(self.now - last.finished_at)
+            line = last_line(last.error)
+            error = f": {line[:_LINE]}{'…' * (len(line) > _LINE)}" if line else ""
             ended = "timed out" if last.phase is TaskPhase.TIMEOUT else last.phase
-            yield f"{ended} {age} ago ({self._moment(last.finished_at)}), attempt {last.attempt}{error}"
-
-    def _moment(self, moment: datetime) -> str:
-        return moment.astimezone(self.zone).replace(tzinfo=None).isoformat(" ", "seconds")
-
-
-def _span(span: timedelta) -> str:
-    """Return a span as a few characters, in hours as long as people compare it with such."""
-    minutes, seconds = divmod(max(0, span // timedelta(seconds=1)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:  # noqa: PLR2004  (two days)
-        return f"{hours // 24}d {hours % 24:02}h"
-    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m" if minutes else f"{seconds}s"
-
-
-def _last_line(text: str) -> str:
-    line = text.strip().rpartition("\n")[2]
-    return line if len(line) <= _LINE else f"{line[:_LINE]}…"
+            yield f"{ended} {age} ago ({local(last.finished_at, self.zone)}), attempt {last.attempt}{error}"
 
 
 def check(connection: Connection, task_glob: str, rules: Rules, *, limit: int, after: str | None) -> list[TaskCheck]:
     """Return whether some tasks are well, in the order of their ids: see :meth:`TaskRunRepository.check`."""
-    reading.check_limit(limit)
+    limit = reading.check_limit(limit)
     glob = Glob(task_glob)
-    overdue = _overdue(connection, task_glob, rules)
     found: list[TaskCheck] = []
-    for latest in latest_runs(connection, glob, after, at_once=min(limit, _AT_ONCE)):
-        matching = [run for run in latest if glob.matches(run.task_id)]
-        found += [
-            TaskCheck(run.task_id, run, tuple(_reasons(connection, run, rules, overdue)))
-            for run in matching[: limit - len(found)]
-        ]
+    lost = _lost(connection)
+    at_once = min(limit, _AT_ONCE) if task_glob == "*" else _AT_ONCE  # others may leave out most of them
+    for latest in latest_runs(connection, glob, after, at_once=at_once):
+        matching = [run for run in latest if glob.matches(run.task_id)][: limit - len(found)]
+        overdue = _overdue(connection, matching, rules)
+        for run in matching:
+            reasons = _reasons(connection, run, rules, overdue.get(run.task_id), lost.get(run.task_id, []))
+            found.append(TaskCheck(run.task_id, run, tuple(reasons)))
         if len(found) == limit:
             break
     if not found and glob.literal is not None and (after is None or after < glob.literal):
@@ -149,29 +137,43 @@ def check(connection: Connection, task_glob: str, rules: Rules, *, limit: int, a
     return found
 
 
-def _overdue(connection: Connection, task_glob: str, rules: Rules) -> Mapping[str, TaskRun]:
-    """Return of each task the run that has been active for longest, of those for too long."""
-    if rules.max_running is None:
+def _lost(connection: Connection) -> Mapping[str, list[TaskRun]]:
+    """Return of each task the active runs whose process is gone, as they are going to be closed, newest first."""
+    lost: dict[str, list[TaskRun]] = {}
+    for loss in recovery.find_losses(connection, Process.here()):
+        lost.setdefault(loss.run.task_id, []).append(loss.run)
+    return {task_id: sorted(runs, key=lambda run: -run.attempt) for task_id, runs in lost.items()}
+
+
+def _overdue(connection: Connection, tasks: Sequence[TaskRun], rules: Rules) -> Mapping[str, TaskRun]:
+    """Return of each of some tasks, in order, the run that has been active for longest, if that is too long."""
+    if rules.max_running is None or not tasks:
         return {}
-    try:
-        before = Window(until=rules.now - rules.max_running)
-    except OverflowError:
+    before = within_last(rules.max_running, rules.now).since
+    if before is None:
         return {}
-    active = reading.active_runs(connection, RunFilter(task_glob=task_glob, started=before))
+    active = reading.active_between(connection, tasks[0].task_id, tasks[-1].task_id, before)
     return {run.task_id: run for run in reversed(active)}
 
 
-def _reasons(connection: Connection, latest: TaskRun, rules: Rules, overdue: Mapping[str, TaskRun]) -> Iterator[str]:
-    # Nothing is asked of a task whose latest run has succeeded, as of nearly all.
+def _reasons(
+    connection: Connection, latest: TaskRun, rules: Rules, overdue: TaskRun | None, lost: Sequence[TaskRun]
+) -> Iterator[str]:
+    # Nothing is asked of a task whose latest run has succeeded in time, as of nearly all.
     if rules.succeeded_within is not None or rules.max_problems is not None:
-        success: TaskRun | None = latest
-        if latest.phase is not TaskPhase.SUCCEEDED:
-            success = reading.last_run(connection, RunFilter(latest.task_id, phases=TaskPhase.SUCCEEDED))
-        yield from rules.success(success)
+        success = last_success(connection, latest)
+        if rules.succeeded_within is not None:
+            lately = within_last(rules.succeeded_within, rules.now)
+            yield from rules.success(last_success_at(connection, success, lately))
         if rules.max_problems is not None and success != latest:
             after = 0 if success is None else success.attempt
-            yield from rules.problems(reading.problems_after(connection, latest.task_id, after, rules.counted))
-    yield from rules.running(overdue.get(latest.task_id))
+            count = reading.problems_after(connection, latest.task_id, after, rules.counted)
+            yield from rules.problems(count + sum(run.attempt > after for run in lost))
+    yield from rules.running(overdue)
     if rules.are_none:
         ended = latest if latest.finished_at is not None else None
-        yield from rules.ended(ended or reading.last_run(connection, RunFilter(latest.task_id, active=False)))
+        ended = ended or reading.last_run(connection, RunFilter(latest.task_id, active=False))
+        if lost and (ended is None or lost[0].attempt > ended.attempt):
+            yield from rules.lost(lost[0])
+        else:
+            yield from rules.ended(ended)

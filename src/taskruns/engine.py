@@ -37,7 +37,7 @@ def create(url: str | URL, *, read_only: bool = False, lock_timeout: float = LOC
     options = engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
     with checked_options(parsed):
         engine = create_engine(options.pop("url"), **options)
-    return prepared(engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
+    return equipped(engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def _prepare_threshold(value: str) -> int | None:
     raise ValueError(f"prepare_threshold in the database URL is a number or none, not {value!r}")
 
 
-def prepared(engine: Engine, url: URL, *, read_only: bool, lock_timeout: float) -> Engine:
+def equipped(engine: Engine, url: URL, *, read_only: bool, lock_timeout: float) -> Engine:
     """Install what the engine's connections need, and make it safe to fork."""
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine, url, read_only=read_only)

@@ -1,11 +1,12 @@
 """Which runs are asked for, and in which order. Pure."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
+from types import UnionType
 
 from taskruns.globs import Glob
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun, checked_exit_code, checked_name, checked_phase
@@ -69,6 +70,9 @@ class RunFilter:
         for name, what in (("task_id", "task id"), ("source", "source"), ("submission", "submission")):
             if (value := getattr(self, name)) is not None:
                 checked_name(value, what)
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is {_told(kind)}, not {getattr(self, name)!r}")
         if self.task_glob is not None and self.task_id is None:
             literal = Glob(self.task_glob).literal
             if literal is not None:
@@ -77,10 +81,6 @@ class RunFilter:
         if self.phases is not None:
             named = [self.phases] if isinstance(self.phases, str) else self.phases
             object.__setattr__(self, "phases", frozenset(map(checked_phase, named)))
-        for name in ("min_duration", "max_duration"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, timedelta):
-                raise TypeError(f"{name} is a timedelta or None, not {value!r}")
         checked_exit_code(self.exit_code)
         if self.error is not None:
             self._check_error(self.error)
@@ -160,8 +160,26 @@ def filter_of(wanted: str | RunFilter | None, phases: Phases = None) -> RunFilte
         ValueError: a value is outside its rules.
     """
     if not isinstance(wanted, RunFilter):
+        if not isinstance(wanted, str | None):
+            raise TypeError(f"a task id or a RunFilter says which runs are wanted, not {wanted!r}")
         return _filter_of_task(wanted) if phases is None else RunFilter(wanted, phases=phases)
     return wanted if phases is None else replace(wanted, phases=phases)
+
+
+_KINDS: Mapping[str, UnionType | type] = {
+    "task_glob": str | None,
+    "started": Window,
+    "finished": Window,
+    "min_duration": timedelta | None,
+    "max_duration": timedelta | None,
+    "recovered": bool | None,
+    "active": bool | None,
+    "error": str | None,
+}
+
+
+def _told(kind: UnionType | type) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("datetime.", "").replace(" |", " or")
 
 
 _filter_of_task = lru_cache(maxsize=256)(RunFilter)

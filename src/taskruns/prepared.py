@@ -9,9 +9,8 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Dialect
+from sqlalchemy import Connection, Dialect, Select
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
-from sqlalchemy.sql import ClauseElement
 
 from taskruns import engine
 from taskruns.model import TaskPhase, TaskRun
@@ -36,10 +35,11 @@ class _SQLiteCompiler(SQLiteCompiler):
 class Prepared:
     """The text of a statement, and what its parameters need on their way to the driver."""
 
-    def __init__(self, statement: ClauseElement, dialect: Dialect) -> None:
+    def __init__(self, statement: Select[Any], dialect: Dialect) -> None:
         compiler = _SQLiteCompiler if dialect.name == "sqlite" else dialect.statement_compiler
         compiled: Any = compiler(dialect, statement)
         self.text = str(compiled)
+        self._statement = statement
         self._constants = dict(compiled.params)
         self._names = tuple(compiled.positiontup) if compiled.positional else None
         self._processors: dict[str, Callable[[Any], Any]] = {}
@@ -49,13 +49,13 @@ class Prepared:
                 self._processors[name] = process
 
     def fetch(self, connection: Connection, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
-        """Send it, and return all rows as the driver gives them."""
+        """Send it, and return all rows: of a connection of ours as the driver gives them, else as SQLAlchemy does."""
+        if not engine.is_own(connection) or _log.isEnabledFor(logging.INFO):
+            return connection.execute(self._statement, dict(parameters)).all()  # with whatever a host has set up
         values = self._constants | dict(parameters)
         for name, process in self._processors.items():
             values[name] = process(values[name])
         sent = values if self._names is None else tuple([values[name] for name in self._names])
-        if not engine.is_own(connection) or _log.isEnabledFor(logging.INFO):
-            return connection.exec_driver_sql(self.text, sent).all()
         # What SQLAlchemy does besides takes as long as the rest: a connection of ours commits each statement by itself.
         try:
             cursor = connection.connection.cursor()
@@ -67,12 +67,13 @@ class Prepared:
         except connection.dialect.loaded_dbapi.Error as error:
             raise engine.as_sqlalchemy(connection, error, self.text) from error
         except BaseException as error:
-            connection.invalidate(error)  # interrupted, or canceled: nobody knows where it stopped
+            if not isinstance(error, Exception):  # interrupted, or canceled: nobody knows where it stopped
+                connection.invalidate(error)
             raise
         return rows
 
 
-def prepared(dialect: Dialect, build: Callable[..., ClauseElement], *arguments: Any) -> Prepared:
+def prepared(dialect: Dialect, build: Callable[..., Select[Any]], *arguments: Any) -> Prepared:
     """Return the statement that ``build`` makes of some arguments, compiled at its first use."""
     # The dialect holds what holds it: they go together, which they never did from a dictionary with weak keys.
     kept: dict[Any, Prepared] = vars(dialect).setdefault("_taskruns_prepared", {})
@@ -107,9 +108,9 @@ def runs_of_rows(rows: Iterable[Sequence[Any]]) -> list[TaskRun]:
 
 def ended_of_rows(rows: Sequence[Sequence[Any]]) -> Sequence[Ended]:
     """Return what statistics are made of, out of rows of phase, start and end."""
-    if not rows or type(rows[0][1]) is not str:
-        return rows  # type: ignore[return-value]  # what other drivers give is that
-    read = datetime.fromisoformat
+    if not rows or (type(rows[0][1]) is not str and rows[0][1].tzinfo in (None, UTC)):
+        return rows  # type: ignore[return-value]  # it is that already
+    read = datetime.fromisoformat if type(rows[0][1]) is str else moment_of  # by one zone's clocks an hour may be none
     return [(phase, read(start), None if end is None else read(end)) for phase, start, end in rows]
 
 

@@ -66,7 +66,8 @@ class Reader:
 
     def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
         """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
-        return self._ask(lambda runs: runs.last_run(task_id, phases=phases))
+        wanted = RunFilter(phases=phases).phases  # a second try must not find them used up
+        return self._ask(lambda runs: runs.last_run(task_id, phases=wanted))
 
     def runs(
         self,
@@ -88,11 +89,13 @@ class Reader:
         phases: Phases = None,
         order: RunOrder = RunOrder.NEWEST,
     ) -> Iterator[TaskRun]:
-        """Yield all runs of a task, a filter, or all, a page at a time: the memory it takes is constant.
+        """Yield all runs of a task, a filter, or all, a page at a time.
 
-        None comes twice, and none is missed that is the same all the while.
+        None comes twice, and none is missed that is the same all the while. The memory it takes is constant, but for
+        the keys of runs whose inferred start or end is what they are sorted by.
         """
-        wanted, unrepeated = filter_of(wanted, phases), Unrepeated()
+        wanted = filter_of(wanted, phases)
+        unrepeated = Unrepeated(wanted, RunOrder(order))
         after = None
         while True:
             page = self.runs(wanted, order=order, limit=PAGE, after=after)

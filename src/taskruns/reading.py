@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import ColumnElement, Connection, Dialect
 
-from taskruns import query_statements, statements, stats_statements
+from taskruns import query_statements, statements, stats_statements, task_statements
 from taskruns.filters import RunFilter, RunOrder
-from taskruns.model import MAX_ATTEMPT, TaskPhase, TaskRun, checked_name
-from taskruns.prepared import PHASES, ended_of_rows, prepared, runs_of_rows
+from taskruns.model import MAX_ATTEMPT, TaskPhase, TaskRun, checked_name, checked_number
+from taskruns.prepared import PHASES, ended_of_rows, moment_of, prepared, runs_of_rows
 from taskruns.query_statements import Question, question_of
 from taskruns.stats import (
     PERCENTS,
@@ -53,15 +53,21 @@ class Unrepeated:
     Only those are remembered of which it can be told yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: RunFilter, order: RunOrder) -> None:
         self._may_come_again: set[tuple[str, int]] = set()
+        self._is_by_attempt = wanted.task_id is not None and order is not RunOrder.LONGEST
+        self._is_by_start = order is not RunOrder.LONGEST and not wanted.only_problems
 
     def of(self, runs: list[TaskRun]) -> list[TaskRun]:
         """Return those of a page that have not come before."""
         known = self._may_come_again
         new = [run for run in runs if (run.task_id, run.attempt) not in known] if known else runs
-        known.update((run.task_id, run.attempt) for run in runs if run.recovered or run.start_inferred)
+        if not self._is_by_attempt:
+            known.update((run.task_id, run.attempt) for run in runs if self._may_move(run))
         return new
+
+    def _may_move(self, run: TaskRun) -> bool:
+        return run.start_inferred or (run.recovered and not self._is_by_start)
 
 
 def page(connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: int, after: str | None) -> RunPage:
@@ -70,7 +76,7 @@ def page(connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: i
     Raises:
         ValueError: ``limit`` is less than 1, ``after`` is no cursor of this list, or it has no order without a window.
     """
-    limit = check_limit(limit)
+    limit, order = check_limit(limit), RunOrder(order)
     found = _fetched(connection, wanted, order, limit=limit + 1, after=after)
     if len(found) <= limit:
         return RunPage(found, None)
@@ -97,6 +103,12 @@ def active_runs(connection: Connection, wanted: RunFilter) -> list[TaskRun]:
     return found if wanted.task_id is None else sorted(found, key=lambda run: (run.started_at, run.attempt))
 
 
+def active_between(connection: Connection, first: str, last: str, before: datetime) -> list[TaskRun]:
+    """Return the runs of the tasks from one to another that started before a moment and are active, in that order."""
+    statement = prepared(connection.dialect, query_statements.active_between)
+    return runs_of_rows(statement.fetch(connection, {"first_task": first, "last_task": last, "started_until": before}))
+
+
 def _fetched(
     connection: Connection, wanted: RunFilter, order: RunOrder, *, limit: int, after: str | None = None
 ) -> list[TaskRun]:
@@ -116,6 +128,12 @@ def newest_phases(connection: Connection, task_id: str, most: int) -> tuple[Task
     statement = prepared(connection.dialect, query_statements.newest_phases)
     rows = statement.fetch(connection, {"task": task_id, "limit": most})
     return tuple([PHASES[phase] for (phase,) in rows])
+
+
+def last_success_at(connection: Connection, task_id: str) -> datetime | None:
+    """Return when the success of a task that ended last did, of all its runs; None if there is none."""
+    ((ended_at,),) = prepared(connection.dialect, query_statements.last_success_at).fetch(connection, {"task": task_id})
+    return None if ended_at is None else moment_of(ended_at)
 
 
 def problems_after(connection: Connection, task_id: str, attempt: int, most: int) -> int:
@@ -144,6 +162,8 @@ def all_runs(
     found: list[TaskRun] = []
     dialect = connection.dialect
     of_task = None if after is None else checked_name(after[0], "task id")
+    if after is not None:
+        checked_number(after[1], "attempt", 0, MAX_ATTEMPT)
     if task_id is not None and of_task is None:
         of_task, after = checked_name(task_id, "task id"), (task_id, 0)
     if of_task is not None and after is not None and task_id in (None, of_task):
@@ -173,14 +193,14 @@ def tasks(
         start, values["first"] = "first", first
     is_postgresql = connection.dialect.name == "postgresql"
     walk = connection.dialect.name == "sqlite" or (is_postgresql and not _is_citus(connection))
-    statement = prepared(connection.dialect, query_statements.tasks, walk, is_postgresql, start)
+    statement = prepared(connection.dialect, task_statements.tasks, walk, is_postgresql, start)
     return runs_of_rows(statement.fetch(connection, values))
 
 
 def _is_citus(connection: Connection) -> bool:
     found = _citus.get(connection.dialect)
     if found is None:
-        found = _citus[connection.dialect] = bool(connection.scalar(query_statements.citus()))
+        found = _citus[connection.dialect] = bool(connection.scalar(task_statements.citus()))
     return found
 
 
@@ -205,6 +225,7 @@ def stats(
     """
     dialect = connection.dialect
     few = FEW if few is None else few  # no default, which no test could change
+    by = None if by is None else Span(by)
     question, values = question_of(wanted, dialect.name)
     statement = prepared(dialect, stats_statements.ended, question, dialect.name)
     rows = statement.fetch(connection, {**values, "limit": few + 1})
@@ -304,6 +325,8 @@ def _is_short(connection: Connection, wanted: RunFilter) -> bool:
 
 def check_limit(limit: int) -> int:
     """Return how many are asked for, if it is a number that can be, or all there can be."""
+    if not isinstance(limit, int):
+        raise TypeError(f"limit is a number, not {limit!r}")
     if limit < 1:
         raise ValueError(f"limit must be 1 or more, not {limit}")
     return min(limit, _ALL)

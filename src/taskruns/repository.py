@@ -197,7 +197,7 @@ class TaskRunRepository:
         Args:
             task_glob: Only the tasks that match: ``*``, ``?`` and ``[...]`` as in the shell, ``[*]`` is a star.
             phases: Only the tasks whose last run is in one of these.
-            stale_after: Only the tasks whose last success ended longer ago, or that have none.
+            stale_after: Only the tasks of which no success, of whatever attempt, has ended for so long.
             window: Within which runs started that count in the statistics.
             limit: How many tasks.
             after: The task id after which to begin: the last one of the page before.
@@ -233,7 +233,7 @@ class TaskRunRepository:
         Args:
             task_glob: The tasks that match: ``*``, ``?`` and ``[...]`` as in the shell, ``[*]`` is a star. Without any
                 of these it is a task id, and a task that was never seen is not well.
-            succeeded_within: How long ago the last success may have ended.
+            succeeded_within: For how long there may be no success, of whatever attempt, that ended.
             max_problems: How many problems may follow each other without a success.
             max_running: For how long a run may be active.
             zone: The time zone of what the reasons tell.

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence, Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection
 
 from taskruns import reading
-from taskruns.filters import Phases, RunFilter
+from taskruns.filters import ANY_TIME, Phases, RunFilter
 from taskruns.globs import Glob, upper_bound
 from taskruns.model import PROBLEMS, TaskPhase, TaskRun
 from taskruns.stats import RunStats
@@ -28,7 +29,7 @@ class TaskSummary:
     last_run: TaskRun
     """The run with the highest attempt."""
     last_success: TaskRun | None
-    """The succeeded run with the highest attempt."""
+    """The succeeded run with the highest attempt, which need not be the success that ended last."""
     last_problem: TaskRun | None
     """The failed, timed out or exhausted run with the highest attempt."""
     outcomes: tuple[TaskPhase, ...]
@@ -63,18 +64,24 @@ def summaries(
     after: str | None,
 ) -> list[TaskSummary]:
     """Return the summaries of some tasks, in the order of their ids: see :meth:`TaskRunRepository.summaries`."""
-    reading.check_limit(limit)
+    limit = reading.check_limit(limit)
     found: list[TaskSummary] = []
     wanted = RunFilter(phases=phases).phases
-    stale_before = None if stale_after is None else datetime.now(UTC) - stale_after
     glob = None if task_glob is None else Glob(task_glob)
-    for latest in latest_runs(connection, glob, after, at_once=min(limit, _AT_ONCE)):
-        some = [run for run in latest if (glob is None or glob.matches(run.task_id))]
-        some = [run for run in some if wanted is None or run.phase in wanted]
-        if stale_before is not None:
-            some = [run for run in some if _is_stale(connection, run, stale_before)]
+    lately = None if stale_after is None else within_last(stale_after, datetime.now(UTC))
+    is_all = glob is None and wanted is None and stale_after is None
+    at_once = min(limit, _AT_ONCE) if is_all else _AT_ONCE
+    for latest in latest_runs(connection, glob, after, at_once=at_once):
+        matching = (
+            run
+            for run in latest
+            if (glob is None or glob.matches(run.task_id))
+            and (wanted is None or run.phase in wanted)
+            and (lately is None or _is_stale(connection, run, lately))
+        )
+        some = list(islice(matching, limit - len(found)))
         if some:
-            found += _summarised(connection, some[: limit - len(found)], window)
+            found += _summarised(connection, some, window)
         if len(found) == limit:
             break
     return found
@@ -100,9 +107,34 @@ def latest_runs(
             return
 
 
-def _is_stale(connection: Connection, latest: TaskRun, before: datetime) -> bool:
-    success = latest if latest.phase is TaskPhase.SUCCEEDED else _last(connection, latest, {TaskPhase.SUCCEEDED})
-    return success is None or success.finished_at is None or success.finished_at < before
+def _is_stale(connection: Connection, latest: TaskRun, lately: Window) -> bool:
+    ended_at = last_success_at(connection, last_success(connection, latest), lately)
+    return ended_at is None or not lately.contains(ended_at)
+
+
+def within_last(span: timedelta, now: datetime) -> Window:
+    """Return the time since so long ago."""
+    try:
+        return Window(now - span)
+    except OverflowError:
+        return ANY_TIME
+
+
+def last_success(connection: Connection, latest: TaskRun) -> TaskRun | None:
+    """Return the success with the highest attempt of a task, which is given by its latest run."""
+    return _last(connection, latest, {TaskPhase.SUCCEEDED})
+
+
+def last_success_at(connection: Connection, success: TaskRun | None, lately: Window) -> datetime | None:
+    """Return when a success of a task ended ``lately``, or else the last one of all, given that of the highest attempt.
+
+    That one nearly always tells. But runs may overlap, or be imported: an earlier attempt may have ended later.
+    """
+    if success is None:
+        return None
+    if success.finished_at is not None and lately.contains(success.finished_at):
+        return success.finished_at
+    return reading.last_success_at(connection, success.task_id)
 
 
 def _summarised(connection: Connection, latest: Sequence[TaskRun], window: Window) -> Iterator[TaskSummary]:
@@ -110,7 +142,7 @@ def _summarised(connection: Connection, latest: Sequence[TaskRun], window: Windo
     for run in latest:
         yield TaskSummary(
             run,
-            _last(connection, run, {TaskPhase.SUCCEEDED}),
+            last_success(connection, run),
             _last(connection, run, PROBLEMS),
             reading.newest_phases(connection, run.task_id, OUTCOMES),
             stats.get(run.task_id, RunStats()),

@@ -74,7 +74,7 @@ class AsyncTaskRunHistory(AsyncReader):
         options = engine.engine_options(parsed, read_only=read_only, lock_timeout=lock_timeout)
         with engine.checked_options(parsed):
             own = create_async_engine(options.pop("url"), **options)
-        engine.prepared(own.sync_engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
+        engine.equipped(own.sync_engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
         return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention)
 
     async def upgrade(self) -> None:

@@ -13,9 +13,8 @@ from taskruns.checks import TaskCheck
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import Duration
-from taskruns.cli.filters import TaskPattern, tz_option
+from taskruns.cli.options import TaskPattern, json_option, tz_option
 from taskruns.cli.output import print_json, printable
-from taskruns.cli.queries import json_option
 from taskruns.reader import PAGE, Reader
 
 _WORDS = {True: ("ok", "green"), False: ("not well", "red")}
@@ -23,7 +22,7 @@ _WORDS = {True: ("ok", "green"), False: ("not well", "red")}
 
 @click.command("check")
 @click.argument("task", type=TaskPattern())
-@click.option("--succeeded-within", metavar="TIME", type=Duration(), help="Its last success ended within: 26h, 2d.")
+@click.option("--succeeded-within", metavar="TIME", type=Duration(), help="A success of it ended within: 26h, 2d.")
 @click.option("--max-problems", metavar="N", type=click.IntRange(0), help="At most N problems since its last success.")
 @click.option("--max-running", metavar="TIME", type=Duration(), help="None of its runs is active for longer: 3h.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only those that are not well, as cron likes it.")

@@ -4,7 +4,7 @@ import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, tzinfo
 from typing import Any, Literal
 
 import click
@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from taskruns.cli.durations import readable
 from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase, TaskRun
+from taskruns.times import in_zone
+from taskruns.wording import last_line, local, readable
 
 STYLES = {
     TaskPhase.RUNNING: "cyan",
@@ -162,12 +163,12 @@ def zone_name(zone: tzinfo) -> str:
 def print_run(run: TaskRun, zone: tzinfo = UTC) -> None:
     """Print all that is known of a run."""
     name_of_zone, inferred = f" {zone_name(zone)}", " (inferred, not observed)"
-    finished = "" if run.finished_at is None else _moment(run.finished_at, zone, "milliseconds")
+    finished = "" if run.finished_at is None else local(run.finished_at, zone, "milliseconds")
     facts = [
         ("task", printable(run.task_id)),
         ("attempt", str(run.attempt)),
         ("phase", run.phase + inferred * run.recovered),
-        ("started", _moment(run.started_at, zone, "milliseconds") + name_of_zone + inferred * run.start_inferred),
+        ("started", local(run.started_at, zone, "milliseconds") + name_of_zone + inferred * run.start_inferred),
         ("finished", finished and finished + name_of_zone),
         ("duration", _duration(run)),
         ("exit code", "" if run.exit_code is None else str(run.exit_code)),
@@ -196,7 +197,7 @@ def printable(text: str) -> str:
 
 def _cells(run: TaskRun, columns: Sequence[Column], zone: tzinfo) -> list[Text]:
     narrow = is_narrow()
-    moment = short_moment if narrow else long_moment
+    moment = short_moment if narrow else local
     values = {
         "task": printable(run.task_id),
         "attempt": str(run.attempt),
@@ -221,9 +222,8 @@ def _cells(run: TaskRun, columns: Sequence[Column], zone: tzinfo) -> list[Text]:
 
 
 def summary_of(error: str | None) -> str:
-    """Return the last line of an error, which says most: of a traceback, of what a command printed."""
-    lines = [line for line in (error or "").splitlines() if line.strip()]
-    return printable(lines[-1].strip()) if lines else ""
+    """Return the last line of an error, without what could command a terminal."""
+    return printable(last_line(error))
 
 
 def percent(some: int, of: int) -> str:
@@ -232,25 +232,16 @@ def percent(some: int, of: int) -> str:
     return f"{(min(max(rounded, 1), 999) if 0 < some < of else rounded) / 10:.1f} %"
 
 
-def long_moment(moment: datetime, zone: tzinfo) -> str:
-    """Return a time to the second."""
-    return _moment(moment, zone, "seconds")
-
-
 def short_moment(moment: datetime, zone: tzinfo) -> str:
     """Return a time in few characters: without the year if it is this year's, else without the seconds."""
-    is_of_this_year = moment.astimezone(zone).year == datetime.now(zone).year
-    return long_moment(moment, zone)[5:] if is_of_this_year else _moment(moment, zone, "minutes")
-
-
-def _moment(moment: datetime, zone: tzinfo, precision: str) -> str:
-    return moment.astimezone(zone).replace(tzinfo=None).isoformat(" ", precision)
+    is_of_this_year = in_zone(moment, zone).year == datetime.now(zone).year
+    return local(moment, zone)[5:] if is_of_this_year else local(moment, zone, "minutes")
 
 
 def _duration(run: TaskRun) -> str:
     if run.duration is not None:
         return readable(run.duration)
-    return f"{readable(max(datetime.now(UTC) - run.started_at, timedelta()))} so far"
+    return f"{readable(datetime.now(UTC) - run.started_at)} so far"
 
 
 def _print_plain(rows: Sequence[Sequence[str]]) -> None:

@@ -7,8 +7,11 @@ import click
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.filters import (
-    filter_options,
+from taskruns.cli.filters import filter_options
+from taskruns.cli.options import (
+    ROWS,
+    json_option,
+    limit_option,
     phase_option,
     phases_of,
     problems_option,
@@ -18,23 +21,19 @@ from taskruns.cli.filters import (
 )
 from taskruns.cli.output import columns_of, print_json, print_run, print_table, printable
 from taskruns.cli.task_id import TaskId
+from taskruns.cli.unknown import is_unknown, unknown
 from taskruns.filters import RunFilter, RunOrder
 from taskruns.model import MAX_ATTEMPT, TaskPhase, TaskRun
 from taskruns.reader import PAGE, Reader
 
-ROWS = 50
-"""Rows of a table, unless told otherwise. JSON has no such limit."""
-
 _task = click.argument("task", type=TaskId())
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each.")
-limit_option = click.option("--limit", type=click.IntRange(1), help=f"Print so many; of a table {ROWS}, of JSON all.")
 
 
 @click.command("runs")
 @task_argument
 @filter_options
-@click.option("--oldest-first", "order", flag_value=RunOrder.OLDEST, help="In the reverse order.")
-@click.option("--longest-first", "order", flag_value=RunOrder.LONGEST, help="By duration: of a task, or in a window.")
+@click.option("--oldest-first", is_flag=True, help="Oldest first instead of newest first.")
+@click.option("--longest-first", is_flag=True, help="By duration: of a task, or in a window.")
 @click.option("--count", "only_count", is_flag=True, help="Only print how many there are.")
 @limit_option
 @click.option("--after", metavar="CURSOR", help="Go on where an earlier page ended.")
@@ -43,7 +42,8 @@ limit_option = click.option("--limit", type=click.IntRange(1), help=f"Print so m
 def runs_command(
     wanted: RunFilter,
     zone: tzinfo,
-    order: RunOrder | None,
+    oldest_first: bool,
+    longest_first: bool,
     only_count: bool,
     limit: int | None,
     after: str | None,
@@ -53,6 +53,9 @@ def runs_command(
 
     Newest first: of one task by attempt, of several by their start, and with --problems by their end.
     """
+    if oldest_first and longest_first:
+        raise click.UsageError("--oldest-first and --longest-first exclude each other")
+    order = RunOrder.OLDEST if oldest_first else RunOrder.LONGEST if longest_first else RunOrder.NEWEST
     with database().reading() as history:
         if only_count:
             count = history.count_runs(wanted)
@@ -60,7 +63,7 @@ def runs_command(
                 return unknown(str(wanted.task_id))
             print_json({"runs": count}) if as_json else click.echo(str(count))
             return 0
-        return _list(history, wanted, order or RunOrder.NEWEST, zone, limit=limit, after=after, as_json=as_json)
+        return _list(history, wanted, order, zone, limit=limit, after=after, as_json=as_json)
 
 
 def _list(
@@ -98,11 +101,6 @@ def _list(
     if after is not None:
         complain(f"there are more: --after {shlex.quote(printable(after))}")
     return 0
-
-
-def is_unknown(history: Reader, wanted: RunFilter) -> bool:
-    """Whether it is a task that was asked for, and it has no run at all."""
-    return wanted.task_id is not None and history.last_run(wanted.task_id) is None
 
 
 @click.command("show")
@@ -168,9 +166,3 @@ def _print_one(run: TaskRun, zone: tzinfo, *, as_json: bool) -> None:
         print_json(run.to_wire())
     else:
         print_run(run, zone)
-
-
-def unknown(what: str) -> int:
-    """Say that there is no such run, and return the exit status."""
-    complain(f"no run of {printable(what)}")
-    return 1

@@ -11,24 +11,24 @@ from rich.console import Console
 from rich.text import Text
 
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.durations import readable
-from taskruns.cli.filters import filter_options, task_argument
+from taskruns.cli.filters import filter_options
+from taskruns.cli.options import task_argument
 from taskruns.cli.output import (
     STYLES,
     holds_unicode,
-    long_moment,
     percent,
     print_json,
     print_rows,
     printable,
     zone_name,
 )
-from taskruns.cli.queries import is_unknown, unknown
+from taskruns.cli.unknown import is_unknown, unknown
 from taskruns.filters import ANY_TIME, RunFilter
 from taskruns.model import TaskPhase
 from taskruns.stats import RunStats, Span, StatsPart
 from taskruns.times import rfc3339
 from taskruns.windows import Window
+from taskruns.wording import local, readable
 
 _BY_HOUR = timedelta(days=3)
 """The longest time that is plotted by the hour, unless told otherwise."""
@@ -152,12 +152,12 @@ def _facts(wanted: RunFilter, stats: RunStats, zone: tzinfo) -> Iterator[tuple[s
             yield title, Text("".join(spans))
     for title, moment in (("last success", stats.last_success_at), ("last problem", stats.last_problem_at)):
         if moment is not None:
-            ago = readable(max(datetime.now(UTC) - moment, timedelta()))
-            yield title, Text(f"{long_moment(moment, zone)} {zone_name(zone)}, {ago} ago")
+            ago = readable(datetime.now(UTC) - moment)
+            yield title, Text(f"{local(moment, zone)} {zone_name(zone)}, {ago} ago")
 
 
 def _window(window: Window, zone: tzinfo) -> str:
-    since, until = (moment and long_moment(moment, zone) for moment in (window.since, window.until))
+    since, until = (moment and local(moment, zone) for moment in (window.since, window.until))
     if since and until:
         return f"{since} until {until}"
     return f"since {since}" if since else f"until {until}"
@@ -169,7 +169,7 @@ def _print_parts(parts: Sequence[StatsPart], by: Span, zone: tzinfo) -> None:
 
 
 def _cells(part: StatsPart, by: Span, zone: tzinfo) -> list[Text]:
-    stats, start = part.stats, long_moment(part.start, zone)
+    stats, start = part.stats, local(part.start, zone)
     succeeded = stats.by_phase.get(TaskPhase.SUCCEEDED, 0)
     return [
         Text(start[:10] if by is Span.DAY else start[:16]),

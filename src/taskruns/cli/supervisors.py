@@ -10,11 +10,12 @@ from rich.text import Text
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.durations import Duration, readable
+from taskruns.cli.durations import Duration
 from taskruns.cli.output import columns_of, print_json, print_rows, print_table, printable
 from taskruns.filters import RunFilter
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.times import rfc3339
+from taskruns.wording import readable
 
 _STYLES = {"alive": "green", "idle": "", "stale": "red"}
 _HEADINGS = ("SUPERVISOR", "SOURCE", "STATE", "ACTIVE", "LAST SEEN", "SINCE (UTC)")
@@ -75,7 +76,7 @@ def _row(known: Supervisor, state: str) -> Sequence[Text]:
         Text(printable(known.source)),
         Text(state, style=_STYLES[state]),
         Text(str(known.active_runs)),
-        Text(f"{readable(max(known.silence, timedelta(0)))} ago"),
+        Text(f"{readable(known.silence)} ago"),
         Text(f"{known.started_at:%F %T}"),
     )
 

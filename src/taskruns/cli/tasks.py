@@ -11,8 +11,11 @@ from rich.text import Text
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.durations import Duration, compact, readable
-from taskruns.cli.filters import (
+from taskruns.cli.durations import Duration
+from taskruns.cli.options import (
+    ROWS,
+    json_option,
+    limit_option,
     phase_option,
     phases_of,
     problems_option,
@@ -21,12 +24,13 @@ from taskruns.cli.filters import (
     tz_option,
     window_of,
 )
-from taskruns.cli.output import STYLES, long_moment, percent, print_json, print_rows, printable, zone_name
-from taskruns.cli.queries import ROWS, is_unknown, json_option, limit_option, unknown
+from taskruns.cli.output import STYLES, percent, print_json, print_rows, printable, zone_name
 from taskruns.cli.task_id import TaskId
+from taskruns.cli.unknown import is_unknown, unknown
 from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.summaries import TaskSummary
+from taskruns.wording import compact, local, readable
 
 _PAGE = 100
 """Tasks that are looked at together."""
@@ -45,7 +49,7 @@ _MARKS = {
 @task_argument
 @phase_option
 @problems_option
-@click.option("--stale", metavar="AGE", type=Duration(), help="Only without a success for so long: 2d, 26h.")
+@click.option("--stale", metavar="AGE", type=Duration(), help="Only if no success ended for so long: 2d, 26h.")
 @click.option("--since", metavar="TIME", help="Rate and median of the runs that started since; 7d unless given.")
 @click.option("--started", metavar="WINDOW", help="Or within: yesterday, 2026-11-01..2026-11-08.")
 @limit_option
@@ -129,7 +133,7 @@ def _print(summaries: Sequence[TaskSummary], zone: tzinfo) -> None:
         if run is None:
             return Text("never", style=style)
         moment = run.finished_at or run.started_at
-        return Text(compact(now - moment) if sys.stdout.isatty() else long_moment(moment, zone))
+        return Text(compact(now - moment) if sys.stdout.isatty() else local(moment, zone))
 
     print_rows(headings, [_row(summary, when) for summary in summaries])
 

@@ -17,9 +17,10 @@ import click
 from taskruns.bulk import Row
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.filters import TaskPattern, filter_options
+from taskruns.cli.filters import filter_options
 from taskruns.cli.lines import MAX_LINE, Rejects, refuse_same_file
 from taskruns.cli.loading import Chunk, Loaded, load_all
+from taskruns.cli.options import TaskPattern
 from taskruns.cli.output import printable
 from taskruns.cli.progress import Bar, progress
 from taskruns.filters import RunFilter, RunOrder

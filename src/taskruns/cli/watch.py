@@ -3,7 +3,7 @@
 import select
 import sys
 import time
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, tzinfo
 
 import click
 from rich.cells import cell_len
@@ -12,14 +12,15 @@ from rich.text import Text
 
 from taskruns.cli import advice, complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.durations import readable
-from taskruns.cli.filters import phase_option, phases_of, problems_option, task_and_glob, task_argument, tz_option
+from taskruns.cli.options import phase_option, phases_of, problems_option, task_and_glob, task_argument, tz_option
 from taskruns.cli.output import STYLES, print_json, printable, summary_of
 from taskruns.filters import RunFilter
 from taskruns.following import MIN_INTERVAL, Following
 from taskruns.history import TaskRunHistory
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.retrying import is_lost, is_refusal
+from taskruns.times import in_zone
+from taskruns.wording import readable
 
 _WIDEST = 36
 """Cells that a column of names grows to; a longer name takes the room it needs."""
@@ -101,7 +102,7 @@ class _Lines:
 
     def print(self, run: TaskRun) -> None:
         """Print the start of a run that is active, or the end of another one."""
-        moment = (run.finished_at or run.started_at).astimezone(self._zone)
+        moment = in_zone(run.finished_at or run.started_at, self._zone)
         line, error = Text("  ").join(self._cells(run)), summary_of(run.error)
         if self._terminal is None:
             time_of = moment.isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -129,7 +130,7 @@ class _Lines:
         if run.is_active and self.is_news:
             what = "started"
         elif run.is_active:
-            duration = readable(max(datetime.now(UTC) - run.started_at, timedelta()))
+            duration = readable(datetime.now(UTC) - run.started_at)
         task, source = self._padded(f"{printable(run.task_id)} {run.attempt}", printable(run.source or ""))
         code = "" if run.exit_code is None else f"exit {run.exit_code}"
         return [Text(f"{what:<9}", style=STYLES[run.phase]), *map(Text, (task, f"{duration:>8}", f"{code:<8}", source))]
