@@ -17,7 +17,8 @@ from servers import Databases
 from test_output import on_terminal
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory
-from taskruns.cli.plots import plots_of
+from taskruns.cli.plots import bar_of, plots_of
+from taskruns.model import PROBLEMS
 from taskruns.stats import DurationStats, RunStats, Span, StatsPart, mean_of
 from taskruns.windows import Window
 
@@ -218,13 +219,13 @@ def plain(printed: str) -> str:
     return re.sub(r"\x1b\[[\d;]*m", "", printed)
 
 
-@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("columns", [60, 80, 200])
 def test_plots_fit_a_terminal(home: Home, database: str, columns: int) -> None:
     printed = on_terminal(home, "stats", "backup", "--db", database, columns=columns)
     drawn = plain(printed)[plain(printed).index("durations") :].splitlines()
-    assert max(len(line) for line in drawn if not line.startswith("outcomes")) <= columns
+    assert max(len(line) for line in drawn) <= columns
     assert all(line == line.rstrip() for line in drawn)
-    assert "p50 (line)" in drawn[0]
+    assert drawn[0].endswith("⠒⠒ p50  + p95")
     assert "25 Oct" in drawn[10] or "26 Oct" in drawn[10]
     assert re.search(r"\x1b\[3[12]m", printed[printed.index("outcomes") :])
     assert "░ canceled" in plain(printed)
@@ -245,7 +246,7 @@ def test_a_mean_is_rounded_as_a_timedelta_is(microseconds: int, count: int) -> N
 
 def test_days_without_runs_are_gaps() -> None:
     lowest = plots_of(days(0, 1, 3), Span.DAY, Window(), 26).plain.splitlines()[-3]
-    assert lowest == "      0 ┤███ ███     ███"
+    assert lowest == "        │███ ███     ███"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_more_days_than_columns_are_put_together(number: int, width: int, column
 def test_durations_that_are_equal_or_nothing_can_be_plotted() -> None:
     assert "1 ms" in plots_of(days(0, 1, seconds=0), Span.DAY, Window(), 80).plain
     active = [StatsPart(START + timedelta(days=day), RunStats({TaskPhase.RUNNING: 1})) for day in (0, 1)]
-    assert "█ running" in plots_of(active, Span.DAY, Window(), 80).plain
+    assert "▚ running" in plots_of(active, Span.DAY, Window(), 80).plain
 
 
 def test_plot_shows_the_whole_window() -> None:
@@ -272,11 +273,61 @@ def test_plot_shows_the_whole_window() -> None:
     assert len(axis) == 9 + 28 * 2
 
 
-def test_every_outcome_is_seen_however_few_they_are() -> None:
-    many = RunStats({TaskPhase.SUCCEEDED: 10_000, TaskPhase.FAILED: 1, TaskPhase.CANCELED: 1})
-    plot = plots_of([StatsPart(START, many), StatsPart(START + timedelta(days=1), many)], Span.DAY, Window(), 80).plain
-    bars = plot.partition("outcomes")[2].splitlines()[1:7]
-    assert [{*line[9:]} & {*"▒░█▆"} for line in bars] == [{"▆"}, *[{"█"}] * 3, {"░"}, {"▒"}]
+@given(
+    st.dictionaries(st.sampled_from(sorted({*TaskPhase} - {TaskPhase.PENDING})), st.integers(1, 10**4), min_size=1),
+    st.integers(0, 10**5),
+)
+@example({TaskPhase.SUCCEEDED: 21, TaskPhase.FAILED: 1}, 264)
+@example({TaskPhase.SUCCEEDED: 83, TaskPhase.FAILED: 9, TaskPhase.TIMEOUT: 5, TaskPhase.EXHAUSTED: 3}, 0)
+@example({TaskPhase.SUCCEEDED: 10**4, TaskPhase.TIMEOUT: 1}, 5 * 10**4)
+def test_bars_have_the_proportions_of_the_runs(by_phase: dict[TaskPhase, int], more: int) -> None:
+    runs, problems = sum(by_phase.values()), sum(by_phase.get(phase, 0) for phase in PROBLEMS)
+    most = runs + more
+    bar, highest = bar_of(by_phase, most), bar_of({TaskPhase.SUCCEEDED: most}, most)
+    assert len(bar) >= 1
+    assert abs(len(bar) - runs * len(highest) / most) < 1
+    assert set(bar) <= set(by_phase)
+    shown = sum(phase in PROBLEMS for phase in bar)
+    assert abs(shown - problems * len(bar) / runs) < 1
+    assert shown or not problems
+    if len(bar) > 1:
+        assert shown < len(bar) or problems == runs
+
+
+def test_bar_with_few_cells_shows_the_worst_phases() -> None:
+    by_phase = {TaskPhase.SUCCEEDED: 97, TaskPhase.FAILED: 1, TaskPhase.TIMEOUT: 1, TaskPhase.EXHAUSTED: 1}
+    assert bar_of(by_phase, 1200) == [TaskPhase.EXHAUSTED]
+    assert bar_of(by_phase, 600) == [TaskPhase.EXHAUSTED, TaskPhase.SUCCEEDED]
+
+
+def mixed() -> list[StatsPart]:
+    stats = RunStats(dict.fromkeys({*TaskPhase} - {TaskPhase.PENDING}, 1))
+    return [StatsPart(START + timedelta(days=day), stats) for day in (0, 1)]
+
+
+def test_every_phase_has_a_character_of_its_own() -> None:
+    legend, *bars = plots_of(mixed(), Span.DAY, Window(), 200).plain.partition("outcomes")[2].splitlines()
+    blocks = {item[0] for item in legend.split("  ") if item}
+    assert len(blocks) == 6
+    assert blocks == {line[9:10] for line in bars[1:13]}
+
+
+def test_legend_is_wrapped_between_its_items() -> None:
+    lines = plots_of(mixed(), Span.DAY, Window(), 60).plain.partition("\n\n")[2].splitlines()
+    assert re.findall("[a-z]+", lines[0]) == ["outcomes", "exhausted", "failed", "timeout", "canceled"]
+    assert lines[1] == "          █ succeeded  ▚ running"
+
+
+def test_scale_of_outcomes_starts_on_the_base_line() -> None:
+    plot = plots_of(days(0, 1, runs=7), Span.DAY, Window(), 80).plain.splitlines()
+    assert plot[-2].startswith("      0 └")
+    assert [line[:10] for line in plot if "█" in line][1] == "      7 ┤█"
+
+
+@pytest.mark.parametrize(("weeks", "first"), [(52, "5 Jan  "), (53, "5 Jan 2026")])
+def test_dates_have_years_where_they_would_not_be_clear(weeks: int, first: str) -> None:
+    dates = plots_of(days(0, 7 * weeks - 1), Span.DAY, Window(), 80).plain.splitlines()[-1]
+    assert dates.strip().startswith(first)
 
 
 def test_plots_have_no_colour_where_none_is_wanted(home: Home, database: str) -> None:

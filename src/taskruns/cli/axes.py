@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import count
+from math import ceil
 
 from taskruns.stats import Span
 
 _YEAR_1 = datetime.min  # noqa: DTZ901  (a clock's time)
 _WIDEST = 8
 """The most cells that a column has."""
-_LABEL = 8
-"""The fewest cells from one time to the next."""
+_WEEK = timedelta(weeks=1)
+_YEAR = timedelta(days=365)
+"""A longer axis has dates with their years."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +43,21 @@ class TimeAxis:
 
     def drawn(self) -> tuple[str, str]:
         """Return the lines below a plot: one with marks, and one with their times."""
-        every = next(
-            step for step in _steps(Span.HOUR) if step >= self.step and step // self.step * self.cells >= _LABEL
-        )
+        has_years = self.columns * self.step > _YEAR
+        apart = 13 if has_years else 8  # cells from one time to the next
+        if self.step < _WEEK:
+            steps = (step // self.step for step in _steps(Span.HOUR))
+            every, skipped = next(step for step in steps if step * self.cells >= apart), -self.first
+        else:
+            every, skipped = ceil(apart / self.cells), 0
         marks, labels = ["─"] * (self.columns * self.cells), ""
-        for column in range(self.columns):
+        for column in range(skipped % every, self.columns, every):
             start = _YEAR_1 + (self.first + column) * self.step
             at = column * self.cells
-            if (start - _YEAR_1) % every == timedelta(0) and at + 6 <= len(marks):
+            label = f"{start:%H:%M}" if start.hour else f"{start.day} {start:%b}" + f" {start.year}" * has_years
+            if at + len(label) <= len(marks):
                 marks[at] = "┬"
-                labels = labels.ljust(at) + (f"{start:%H:%M}" if start.hour else f"{start.day} {start:%b}")
+                labels = labels.ljust(at) + label
         return "".join(marks), labels
 
 

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from math import log10
+from math import floor, log10
 
 from plotille import Canvas
 from rich.text import Text
@@ -15,7 +15,7 @@ from taskruns.model import PROBLEMS, TaskPhase
 from taskruns.stats import RunStats, Span, StatsPart
 from taskruns.windows import Window
 
-_DURATION_LINES, _OUTCOME_LINES = 8, 6
+_DURATION_LINES, _OUTCOME_LINES = 8, 12
 _MARGIN = 9
 """Cells that are left of the columns."""
 
@@ -25,11 +25,16 @@ _TICKS = {
 }  # fmt: skip
 """Durations that are named, in seconds."""
 
-_STACK = (
-    *(TaskPhase.FAILED, TaskPhase.TIMEOUT, TaskPhase.EXHAUSTED, TaskPhase.CANCELED),
-    *(TaskPhase.SUCCEEDED, TaskPhase.RUNNING),
-)
-_EIGHTHS = "▁▂▃▄▅▆▇█"
+_BLOCKS = {
+    TaskPhase.EXHAUSTED: "╳",  # noqa: RUF001  (it fills the cell, as X does not)
+    TaskPhase.FAILED: "▒",
+    TaskPhase.TIMEOUT: "╱",  # noqa: RUF001  (likewise)
+    TaskPhase.CANCELED: "░",
+    TaskPhase.SUCCEEDED: "█",
+    TaskPhase.RUNNING: "▚",
+}
+"""What the cells of a bar are, from below, the worst first; they differ by more than their colour."""
+_P50, _P95 = "⠒⠒", "+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +74,20 @@ def plots_of(parts: Sequence[StatsPart], by: Span, window: Window, width: int) -
     for part in parts:
         found[axis.place(part.start)].append(part.stats)
     columns = {place: _Column.of(some) for place, some in found.items()}
-    return Text("\n\n").join([_durations(columns, axis, by), _outcomes(columns, axis)])
+    return Text("\n\n").join([_durations(columns, axis, by, width), _outcomes(columns, axis, width)])
 
 
-def _durations(columns: Mapping[int, _Column], axis: TimeAxis, by: Span) -> Text:
+def _durations(columns: Mapping[int, _Column], axis: TimeAxis, by: Span, width: int) -> Text:
     is_exact = axis.step == timedelta(seconds=by.seconds)
-    names = ("p50 (line)", "p95 (points)") if is_exact else (f"median p50 of a {by} (line)", "highest p95 (points)")
-    title = Text("  ").join([Text("durations", "bold"), Text(names[0], "green"), Text(names[1], "yellow")])
+    names = ("p50", "p95") if is_exact else (f"median p50 of a {by}", "highest p95")
+    title = _title("durations", [Text(f"{_P50} {names[0]}", "green"), Text(f"{_P95} {names[1]}", "yellow")], width)
     spans = [span for column in columns.values() for span in (column.p50, column.p95) if span is not None]
     low = min(spans, default=0) - 0.2
     high = max(max(spans, default=0), low + 1.4) + 0.1
+
+    def line_of(span: float) -> int:
+        return floor((span - low) / (high - low) * _DURATION_LINES)
+
     canvas = _canvas(axis, _DURATION_LINES, low, high)
     previous = None
     for place in range(axis.columns):
@@ -86,47 +95,63 @@ def _durations(columns: Mapping[int, _Column], axis: TimeAxis, by: Span) -> Text
         if column is None or column.p50 is None or column.p95 is None:
             previous = None
             continue
-        canvas.point(x, column.p95, color="yellow")
-        canvas.line(*(previous or (x, column.p50)), x, column.p50, color="green")  # later: a cell has one colour
+        canvas.line(*(previous or (x, column.p50)), x, column.p50, color="green")
+        if axis.cells > 1 or line_of(column.p50) != line_of(column.p95):  # else it would hide the line
+            canvas.point(x, column.p95, color="yellow", marker=_P95)
         previous = (x, column.p50)
-    lines = {int((log10(span) - low) / (high - low) * _DURATION_LINES): name for span, name in _TICKS.items()}
+    lines = {line_of(log10(span)): name for span, name in _TICKS.items()}
     return _framed(title, canvas, lines, axis)
 
 
-def _outcomes(columns: Mapping[int, _Column], axis: TimeAxis) -> Text:
-    phases = [phase for phase in _STACK if any(phase in column.by_phase for column in columns.values())]
-    named = [Text(f"{_block(phase)} {phase}", STYLES[phase]) for phase in phases]
-    title = Text("  ").join([Text("outcomes", "bold"), *named])
+def _outcomes(columns: Mapping[int, _Column], axis: TimeAxis, width: int) -> Text:
+    phases = [phase for phase in _BLOCKS if any(phase in column.by_phase for column in columns.values())]
+    title = _title("outcomes", [Text(f"{_BLOCKS[phase]} {phase}", STYLES[phase]) for phase in phases], width)
     most = max(sum(column.by_phase.values()) for column in columns.values())
-    canvas = _canvas(axis, _OUTCOME_LINES, 0, _OUTCOME_LINES)
+    lines = _OUTCOME_LINES + 1  # one for air below the legend, which has blocks too
+    canvas = _canvas(axis, lines, 0, lines)
     gap = int(axis.cells > 2)  # noqa: PLR2004  (where there is room)
     for place, column in columns.items():
-        cells = _bar(column.by_phase, (_OUTCOME_LINES - 0.25) / most)[:_OUTCOME_LINES]
-        for y, (phase, block) in enumerate(cells):
+        for y, phase in enumerate(bar_of(column.by_phase, most)):
             for x in range(place * axis.cells, (place + 1) * axis.cells - gap):
-                canvas.point(x, y, color=_colour(phase), marker=block)
-    return _framed(title, canvas, {0: "0", _OUTCOME_LINES - 1: str(most)}, axis)
+                canvas.point(x, y, color=_colour(phase), marker=_BLOCKS[phase])
+    return _framed(title, canvas, {-1: "0", _OUTCOME_LINES - 1: str(most)}, axis)
 
 
-def _bar(by_phase: Mapping[TaskPhase, int], scale: float) -> list[tuple[TaskPhase, str]]:
-    """Return the cells of a bar from below; no outcome is too small to be seen."""
-    cells: list[tuple[TaskPhase, str]] = []
-    runs = 0
-    for phase in (phase for phase in _STACK if by_phase.get(phase)):
-        runs += by_phase[phase]
-        whole, eighths = divmod(max(round(runs * scale * 8), len(cells) * 8 + 1), 8)
-        is_last = runs == sum(by_phase.values())
-        if not is_last or _block(phase) != _EIGHTHS[-1]:  # only the end of a bar may be a part of a cell
-            whole, eighths = max(round(runs * scale), len(cells) + 1), 0
-        cells += [(phase, _block(phase))] * (whole - len(cells))
-        cells += [(phase, _EIGHTHS[eighths - 1])] * bool(eighths)
-    return cells
+def bar_of(by_phase: Mapping[TaskPhase, int], most: int) -> list[TaskPhase]:
+    """Return the cells of a bar from below, where the highest bar is of so many runs.
+
+    The height is that of all runs together, of which the problems have their share, and at least a cell. Where there
+    are fewer cells than phases, the worst have them.
+    """
+    phases = [phase for phase in _BLOCKS if by_phase.get(phase)]
+    height = max(round(sum(by_phase.values()) * _OUTCOME_LINES / most), 1)
+    kinds = [[phase for phase in phases if (phase in PROBLEMS) is is_problem] for is_problem in (True, False)]
+    shares = _shared([sum(by_phase[phase] for phase in kind) for kind in kinds], height)
+    bar: list[TaskPhase] = []
+    for kind, share in zip(kinds, shares, strict=True):
+        for phase, cells in zip(kind, _shared([by_phase[phase] for phase in kind], share), strict=True):
+            bar += [phase] * cells
+    return bar
 
 
-def _block(phase: TaskPhase) -> str:
-    if phase in PROBLEMS:  # they differ by more than their colour
-        return "▒"
-    return "░" if phase is TaskPhase.CANCELED else "█"
+def _shared(runs: Sequence[int], cells: int) -> list[int]:
+    """Return how many cells each has by largest remainder; one that is too small for a cell has it of the largest.
+
+    Where there are too few cells, the first have them.
+    """
+    present = [index for index, count in enumerate(runs) if count]
+    if cells <= len(present):
+        return [int(index in present[:cells]) for index in range(len(runs))]
+    total = sum(runs)
+    shares = [count * cells // total for count in runs]
+    by_remainder = sorted(present, key=lambda index: runs[index] * cells % total, reverse=True)
+    for index in by_remainder[: cells - sum(shares)]:
+        shares[index] += 1
+    for index in present:
+        if shares[index] == 0:
+            shares[shares.index(max(shares))] -= 1
+            shares[index] = 1
+    return shares
 
 
 def _colour(phase: TaskPhase) -> str:
@@ -138,6 +163,16 @@ def _canvas(axis: TimeAxis, lines: int, low: float, high: float) -> Canvas:
     return Canvas(width, lines, xmin=0, xmax=width, ymin=low, ymax=high)
 
 
+def _title(name: str, legend: Sequence[Text], width: int) -> Text:
+    """Return a title and what is plotted below it, in lines that end between two of these."""
+    lines = [Text(name, "bold")]
+    for item in legend:
+        if lines[-1].cell_len + 2 + item.cell_len > width:
+            lines.append(Text(" " * len(name)))
+        lines[-1] = Text.assemble(lines[-1], "  ", item)
+    return Text("\n").join(lines)
+
+
 def _framed(title: Text, canvas: Canvas, ticks: Mapping[int, str], axis: TimeAxis) -> Text:
     drawn = canvas.plot(linesep="\n").replace("\u2800", " ").split("\n")  # an empty cell is a blank braille pattern
     lines = [title]
@@ -146,5 +181,6 @@ def _framed(title: Text, canvas: Canvas, ticks: Mapping[int, str], axis: TimeAxi
         lines.append(Text.assemble((f"{ticks.get(y, ''):>{_MARGIN - 2}} {mark}", "dim"), Text.from_ansi(line)))
         lines[-1].rstrip()
     marks, times = axis.drawn()
-    lines += [Text(f"{'└':>{_MARGIN}}{marks}", style="dim"), Text(f"{'':{_MARGIN}}{times}", style="dim")]
+    lines.append(Text(f"{ticks.get(-1, ''):>{_MARGIN - 2}} └{marks}", style="dim"))
+    lines.append(Text(f"{'':{_MARGIN}}{times}", style="dim"))
     return Text("\n").join(lines)
