@@ -230,6 +230,7 @@ def test_what_is_no_time_is_told_what_is(text: str) -> None:
         ("2026-11-01..soon", "'soon' is not a time, such as"),
         ("1d..2h..1h", "'2h..1h' is not a time, such as"),
         ("1h..2h", "'1h..2h' ends before it begins"),
+        ("2026-11-02..2026-11-01", "'2026-11-02..2026-11-01' ends before it begins"),
         ("2026-11-08..2026-11-01", "'2026-11-08..2026-11-01' ends before it begins"),
         ("now..yesterday", "'now..yesterday' ends before it begins"),
         ("40000d", "'40000d' is longer than a century"),

@@ -70,8 +70,8 @@ def parse_window(text: str, *, now: datetime, zone: tzinfo = UTC) -> Window:
         if right:
             begin, end = _read(right, now, zone)
             until = end or begin
-    if since is not None and until is not None and until < since:
-        raise ValueError(f"{text!r} ends before it begins")
+            if since is not None and begin < since and until <= since:
+                raise ValueError(f"{text!r} ends before it begins")
     return Window(since, until)
 
 
