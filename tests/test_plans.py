@@ -102,17 +102,17 @@ def plan(connection: Connection, query: Select[Any] | str) -> str:
 
 def explained(connection: Connection, wanted: RunFilter, order: RunOrder, *, is_following: bool) -> str:
     question, values = question_of(wanted, connection.dialect.name)
-    query = runs(question, order, is_following, False, connection.dialect.name)
+    query = runs(question, order, is_following, False, 51, connection.dialect.name)
     place = {"at_time": START_OF_HOUR + timedelta(minutes=20), "at_task": "task 3", "at_attempt": 400}
-    return prepared_plan(connection, query, {**values, **place, "limit": 51})
+    return prepared_plan(connection, query, {**values, **place})
 
 
 def plan_of_step(connection: Connection, wanted: RunFilter, *, are_active: bool) -> str:
     question, values = question_of(wanted, connection.dialect.name)
     since = START if are_active else START + timedelta(seconds=30 * 20_000 - 10)
     place = {"at_time": since, "at_task": "", "at_attempt": 0}
-    query = starts(question, are_active, connection.dialect.name)
-    return prepared_plan(connection, query, {**values, **place, "limit": PAGE})
+    query = starts(question, are_active, PAGE, connection.dialect.name)
+    return prepared_plan(connection, query, {**values, **place})
 
 
 def prepared_plan(connection: Connection, query: Select[Any], values: dict[str, Any]) -> str:

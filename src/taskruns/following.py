@@ -132,10 +132,10 @@ class Following:
     def _page(self, connection: Connection, after: _Place, *, are_active: bool) -> Sequence[Any]:
         dialect = connection.dialect
         question, values = question_of(self._all, dialect.name)
-        statement = prepared(dialect, query_statements.starts, question, are_active, dialect.name)
+        statement = prepared(dialect, query_statements.starts, question, are_active, PAGE, dialect.name)
         at_time, at_task, at_attempt = after
         place = {"at_time": at_time, "at_task": at_task, "at_attempt": at_attempt}
-        return statement.fetch(connection, {**values, **place, "limit": PAGE})
+        return statement.fetch(connection, {**values, **place})
 
     def _forget(self) -> None:
         """Raise the floor to where starts are not expected any more, and forget what is below."""

@@ -196,8 +196,17 @@ def _contains(dialect: str) -> ColumnElement[bool]:
     return found
 
 
-def runs(question: Question, order: RunOrder, is_following: bool, by_key: bool, dialect: str) -> Select[Any]:  # noqa: FBT001  (by place, as what is kept is found by them)
+def runs(
+    question: Question,
+    order: RunOrder,
+    is_following: bool,  # noqa: FBT001  (by place, as what is kept is found by them)
+    by_key: bool,  # noqa: FBT001  (likewise)
+    limit: int,
+    dialect: str,
+) -> Select[Any]:
     """Select a page of runs: ``limit`` of them, after the run of a cursor if it is ``following`` one.
+
+    The limit is written out: PostgreSQL makes a new plan at each call if it does not know it.
 
     ``by_key``: those of a range of tasks are found by the key and sorted. Otherwise an index gives all runs in the
     order of a time, and those of other tasks are left out.
@@ -214,9 +223,9 @@ def runs(question: Question, order: RunOrder, is_following: bool, by_key: bool, 
         inner = fenced.subquery("found")
         columns = [inner.c[column.name] for column in COLUMNS]
         sorting = [inner.c[name].desc() if descending else inner.c[name].asc() for name, _, _ in keys]
-        return select(*columns).order_by(*sorting).limit(_LIMIT)
+        return select(*columns).order_by(*sorting).limit(_number_of(limit))
     sorting = [key.desc() if descending else key.asc() for _, key, _ in keys]
-    query = select(*COLUMNS).where(*where).order_by(*sorting).limit(_LIMIT)
+    query = select(*COLUMNS).where(*where).order_by(*sorting).limit(_number_of(limit))
     return by_problems_of_task(query, question)
 
 
@@ -247,7 +256,9 @@ def last_beside_problems(question: Question, dialect: str) -> Select[Any]:
     newest_run = select(*COLUMNS).where(*conditions(question, dialect), within).order_by(_C.attempt.desc()).limit(1)
     run = newest_run.correlate(gap).lateral("run")
     query = select(*(run.c[column.name] for column in COLUMNS)).select_from(gap.join(run, true()))
-    return query.where(gap.c.upper - gap.c.lower > literal_column("1")).order_by(gap.c.upper.desc()).limit(_LIMIT)
+    return (
+        query.where(gap.c.upper - gap.c.lower > literal_column("1")).order_by(gap.c.upper.desc()).limit(_number_of(1))
+    )
 
 
 _Key = tuple[str, ColumnElement[Any], Any]
@@ -279,7 +290,11 @@ def _after(keys: Sequence[_Key], *, descending: bool) -> ColumnElement[bool]:
     return and_(first >= value, or_(first > value, tie))
 
 
-def starts(question: Question, are_active: bool, dialect: str) -> Select[Any]:  # noqa: FBT001  (by place, see runs)
+def _number_of(limit: int) -> ColumnElement[int]:
+    return literal_column(str(limit))
+
+
+def starts(question: Question, are_active: bool, limit: int, dialect: str) -> Select[Any]:  # noqa: FBT001  (by place, see runs)
     """Select when runs started, their keys, and whether that is past: ``limit`` after a place, in the order of starts.
 
     The index alone knows all of it, on SQLite at least, where it has to be named: it would read all runs of a task.
@@ -290,7 +305,7 @@ def starts(question: Question, are_active: bool, dialect: str) -> Select[Any]:  
         where.append(_C.finished_at.is_(None))
     columns = [key for _, key, _ in keys]
     is_past = _C.started_at <= select(clock(dialect)).scalar_subquery()
-    query = select(*columns, is_past).where(*where).order_by(*columns).limit(_LIMIT)
+    query = select(*columns, is_past).where(*where).order_by(*columns).limit(_number_of(limit))
     return query.with_hint(_T, f"INDEXED BY ix_task_runs_{'active' if are_active else 'started'}", "sqlite")
 
 
@@ -357,7 +372,7 @@ def last_success_at() -> Select[Any]:
     return select(func.max(_C.finished_at)).where(_C.task_id == _bind("task", _C.task_id), is_success)
 
 
-def newest_phases() -> Select[Any]:
+def newest_phases(limit: int) -> Select[Any]:
     """Select the phases of a task's newest runs, newest first."""
     query = select(_C.phase).where(_C.task_id == _bind("task", _C.task_id))
-    return query.order_by(_C.attempt.desc()).limit(_LIMIT)
+    return query.order_by(_C.attempt.desc()).limit(_number_of(limit))

@@ -89,7 +89,7 @@ def last_run(connection: Connection, wanted: RunFilter) -> TaskRun | None:
     question, values = question_of(wanted, connection.dialect.name)
     if connection.dialect.name == "postgresql" and question.is_of_one_task and question.has_no_problems:
         statement = prepared(connection.dialect, query_statements.last_beside_problems, question, "postgresql")
-        found = runs_of_rows(statement.fetch(connection, {**values, "limit": 1}))
+        found = runs_of_rows(statement.fetch(connection, values))
     else:
         found = _fetched(connection, wanted, RunOrder.NEWEST, limit=1)
     return found[0] if found else None
@@ -119,14 +119,13 @@ def _fetched(
     if after is not None:
         values = {**values, **_Cursor.parse(after, question, order).parameters()}
     by_key = _is_small(connection, question, values)
-    statement = prepared(connection.dialect, query_statements.runs, question, order, after is not None, by_key, dialect)
-    return runs_of_rows(statement.fetch(connection, {**values, "limit": limit}))
+    shape = (question, order, after is not None, by_key, limit, dialect)
+    return runs_of_rows(prepared(connection.dialect, query_statements.runs, *shape).fetch(connection, values))
 
 
 def newest_phases(connection: Connection, task_id: str, most: int) -> tuple[TaskPhase, ...]:
     """Return the phases of a task's newest runs, newest first."""
-    statement = prepared(connection.dialect, query_statements.newest_phases)
-    rows = statement.fetch(connection, {"task": task_id, "limit": most})
+    rows = prepared(connection.dialect, query_statements.newest_phases, most).fetch(connection, {"task": task_id})
     return tuple([PHASES[phase] for (phase,) in rows])
 
 
@@ -227,8 +226,7 @@ def stats(
     few = FEW if few is None else few  # no default, which no test could change
     by = None if by is None else Span(by)
     question, values = question_of(wanted, dialect.name)
-    statement = prepared(dialect, stats_statements.ended, question, dialect.name)
-    rows = statement.fetch(connection, {**values, "limit": few + 1})
+    rows = prepared(dialect, stats_statements.ended, question, few + 1, dialect.name).fetch(connection, values)
     parts: dict[int, RunStats] = {}
     if len(rows) <= few:
         runs = ended_of_rows(rows)
@@ -268,8 +266,8 @@ def stats_of_tasks(connection: Connection, wanted: RunFilter, latest: Sequence[T
             return {task_id: stats(connection, one, by=None, zone=UTC, few=MANY) for task_id, one in each.items()}
     question, values = question_of(wanted, dialect)
     some = stats_statements.of_tasks([run.task_id for run in latest], by_key=by_key)
-    query = stats_statements.ended(question, dialect, some)
-    rows = connection.execute(query, {**values, "limit": MANY + 1}).all()
+    query = stats_statements.ended(question, MANY + 1, dialect, some)
+    rows = connection.execute(query, dict(values)).all()
     if len(rows) > MANY:
         return _sorted_there(connection, question, values, stats_statements.TASK, some)
     runs: dict[str, list[Ended]] = {}

@@ -11,7 +11,6 @@ from sqlalchemy import (
     Select,
     String,
     Subquery,
-    bindparam,
     case,
     func,
     literal_column,
@@ -26,11 +25,11 @@ from taskruns.stats import Span
 _C = task_runs.c
 
 
-def ended(question: Question, dialect: str, *some: ColumnElement[bool]) -> Select[Any]:
+def ended(question: Question, limit: int, dialect: str, *some: ColumnElement[bool]) -> Select[Any]:
     """Select what statistics are made of, of at most ``limit`` runs, and the tasks if they are of ``some``."""
     columns = [_C.phase, _C.started_at, _C.finished_at, *([_C.task_id] if some else [])]
     query = select(*columns).where(*conditions(question, dialect), *some)
-    return by_problems_of_task(query.limit(bindparam("limit", type_=Integer)), question)
+    return by_problems_of_task(query.limit(_constant(limit)), question)
 
 
 def of_tasks(task_ids: Sequence[str], *, by_key: bool) -> ColumnElement[bool]:
