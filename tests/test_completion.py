@@ -55,6 +55,18 @@ def test_help_is_a_result(shell: Shell, path: tuple[str, ...], option: str) -> N
     assert answer.out.startswith(f"Usage: {' '.join(('taskruns', *path))} ")
 
 
+@pytest.mark.parametrize("group", [(), ("db",)])
+def test_list_of_commands_fits_a_terminal_uncut(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, group: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = shell(*group, "--help").out.split("Commands:\n")[1].splitlines()
+    assert len(listed) == len(
+        [path for path in ALL if len(path) == len(group) + 1 and path[: len(group)] == tuple(group)]
+    )
+    assert not any("..." in line for line in listed)
+
+
 @pytest.mark.parametrize("path", ALL, ids=" ".join)
 def test_every_command_and_option_is_explained(path: tuple[str, ...]) -> None:
     command: click.Command = cli

@@ -113,6 +113,54 @@ def test_nothing_that_matters_is_lost_on_a_narrow_terminal(home: Home, sqlite: s
     assert max(map(len, lines)) <= 80
 
 
+def test_error_that_would_be_cut_stands_below_its_run(home: Home, sqlite: str) -> None:
+    error = "rsync: connection unexpectedly closed (0 bytes received so far) in the data stream"
+    failed(sqlite, error)
+    for columns, is_below in ((120, True), (200, False)):
+        printed = on_terminal(home, "runs", "--db", sqlite, columns=columns, NO_COLOR="1")
+        lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()
+        assert lines[-1].endswith(error)
+        assert (len(lines), "ERROR" not in lines[0]) == ((3, True) if is_below else (2, False))
+
+
+def test_long_task_id_is_folded_and_leaves_the_others_their_place(home: Home, sqlite: str) -> None:
+    for task in ("job", "x" * 255):
+        failed(sqlite, "broken", task)
+    printed = on_terminal(home, "runs", "--db", sqlite, columns=200, NO_COLOR="1")
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()
+    assert lines[0].index("ATTEMPT") < 80
+    assert lines[0].rstrip().endswith("ERROR")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_characters_that_the_encoding_lacks_do_not_widen_a_table(home: Home, sqlite: str, encoding: str) -> None:
+    failed(sqlite, "家族 " * 40, task="import:🚀" * 6)
+    printed = on_terminal(home, "runs", "--db", sqlite, columns=80, PYTHONIOENCODING=encoding)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()
+    assert "\\U0001f680" in printed
+    assert max(map(len, lines)) <= 80
+    assert len({re.search(r" 1 failed", line) is None for line in lines}) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (("runs", "job", "--phase", "timeout,"), "no runs match"),
+        (("active",), "no runs match"),
+        (("tasks", "nope*"), "no task matches nope*"),
+        (("tasks", "--phase", "running"), "no tasks match"),
+        (("last", "job", "--phase", "succeeded"), "no succeeded run of job"),
+    ],
+)
+def test_nothing_found_is_said_on_a_terminal_only(
+    home: Home, shell: Shell, sqlite: str, command: tuple[str, ...], line: str
+) -> None:
+    failed(sqlite, "broken")
+    assert on_terminal(home, *command, "--db", sqlite) == f"taskruns: {line}\n"
+    answer = shell(*command, "--db", sqlite)
+    assert (answer.status, answer.out, answer.err) == (0, "", "")
+
+
 def test_terminal_of_few_columns_shows_the_first_of_a_table(home: Home, sqlite: str) -> None:
     failed(sqlite, "x", task="job")
     printed = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(home, "runs", "--db", sqlite, columns=40))
@@ -195,7 +243,7 @@ def test_output_that_cannot_be_written_is_said(home: Home, sqlite: str) -> None:
     line = f"{home.program} runs job --json --db {sqlite} >/dev/full"
     done = subprocess.run(["sh", "-c", line], env=home.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "taskruns: [Errno 28] No space left on device\n"
+    assert done.stderr == "taskruns: standard output cannot be written: No space left on device\n"
 
 
 def test_output_that_is_closed_is_as_good_as_none(home: Home, sqlite: str) -> None:

@@ -65,7 +65,8 @@ def test_missing_database_is_not_created(shell: Shell, home: Home, command: tupl
     answer = shell(*command)
     path = home.path / ".local/share/taskruns/taskruns.db"
     assert (answer.status, answer.out) == (2, "")
-    assert answer.err == f"taskruns: no such database: {path} (named by the default)\n"
+    advice = "the first `taskruns exec` makes it"
+    assert answer.err == f"taskruns: no such database: {path} (named by the default); {advice}\n"
     assert snapshot(home.path) == before
 
 

@@ -1,6 +1,7 @@
 """`taskruns export` and `taskruns import`: what goes out comes in again, equal, and what cannot is told and kept."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -176,11 +177,11 @@ def test_output_that_cannot_be_completed_leaves_the_old(
     file.write_text("old")
 
     def fail(_run: TaskRun) -> str:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(transfer, "_json_line", fail)
     answer = shell("export", "--db", sqlite, "--output", str(file))
-    assert (answer.status, answer.err) == (2, "taskruns: no space left\n")
+    assert (answer.status, answer.err) == (2, f"taskruns: {file} cannot be written: no space left\n")
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir() if ".part" in path.name] == []
 
@@ -328,8 +329,8 @@ def test_what_cannot_be_opened(shell: Shell, home: Home, sqlite: str, tmp_path: 
         (("import", str(missing)), f"{missing}: No such file or directory"),
         (("import", str(tmp_path)), f"{tmp_path}: Is a directory"),
         (("import", str(file), "--rejects", str(tmp_path)), "Is a directory"),
-        (("export", "--output", str(tmp_path)), "Is a directory"),
-        (("export", "--output", str(missing / "file")), "No such file or directory"),
+        (("export", "--output", str(tmp_path)), f"--output: {tmp_path} is a directory"),
+        (("export", "--output", str(missing / "file")), f"--output: there is no directory {missing}"),
         (("export", "--task", " "), "white space"),
         (("import",), "Missing argument"),
     ]:

@@ -217,18 +217,20 @@ def test_what_is_no_time_is_told_what_is(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_moment(text, now=NOW)
     assert str(caught.value) == expected
-    with pytest.raises(ValueError, match="is not a time, such as 7d, today"):
+    with pytest.raises(ValueError, match=r"is not a (time|window of time), such as 7d, "):
         parse_window(text, now=NOW)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("..", "'..' is not a time, such as"),
-        (" .. ", "' .. ' is not a time, such as"),
-        ("lastweek..today", "'lastweek' is not a time, such as"),
-        ("2026-11-01..soon", "'soon' is not a time, such as"),
-        ("1d..2h..1h", "'2h..1h' is not a time, such as"),
+        ("..", "'..' is not a window of time, such as"),
+        (" .. ", "' .. ' is not a window of time, such as"),
+        ("soon", "'soon' is not a window of time, such as 7d, yesterday, 2026-11-01..2026-11-08 or 2h..1h"),
+        ("lastweek..today", "'lastweek..today' is not a window of time, such as"),
+        ("2026-11-01..soon", "'2026-11-01..soon' is not a window of time, such as"),
+        ("2026-11-01...2026-11-08", "'2026-11-01...2026-11-08' is not a window of time, such as"),
+        ("1d..2h..1h", "'1d..2h..1h' is not a window of time, such as"),
         ("1h..2h", "'1h..2h' ends before it begins"),
         ("2026-11-02..2026-11-01", "'2026-11-02..2026-11-01' ends before it begins"),
         ("2026-11-08..2026-11-01", "'2026-11-08..2026-11-01' ends before it begins"),

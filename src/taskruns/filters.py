@@ -35,7 +35,7 @@ class RunFilter:
     """Which runs are asked for: those that meet all that is given.
 
     Raises:
-        ValueError: a value is outside its rules, or ``error`` is given without a window.
+        ValueError: a value is outside its rules, ``error`` has no window, or no duration is between the two given.
         TypeError: it has the wrong type.
     """
 
@@ -82,6 +82,8 @@ class RunFilter:
             named = [self.phases] if isinstance(self.phases, str) else self.phases
             object.__setattr__(self, "phases", frozenset(map(checked_phase, named)))
         checked_exit_code(self.exit_code)
+        if self.min_duration is not None and self.max_duration is not None and self.min_duration > self.max_duration:
+            raise ValueError(f"no run takes at least {self.min_duration} and at most {self.max_duration}")
         if self.error is not None:
             self._check_error(self.error)
 

@@ -59,8 +59,8 @@ def parse_window(text: str, *, now: datetime, zone: tzinfo = UTC) -> Window:
         ValueError: the text names no window, ``now`` is naive, or a time is out of range.
     """
     left, dots, right = (part.strip() for part in text.partition(".."))
-    if not (left or right):
-        raise _not_a_time(text)
+    if not (left or right) or not all(_TIME.fullmatch(part) for part in (left, right) if part):
+        raise _not_a_window(text)
     with _in_range(text):
         if left and right and _form(right) == "clock":
             return _until_clock(_named(left, now, zone), time.fromisoformat(right), zone)
@@ -192,3 +192,7 @@ def _occurrences(clock: time, about: datetime, zone: tzinfo) -> Iterator[datetim
 
 def _not_a_time(text: str) -> ValueError:
     return ValueError(f"{text!r} is not a time, such as 7d, today, 2026-11-01 or 2026-11-01T02:00")
+
+
+def _not_a_window(text: str) -> ValueError:
+    return ValueError(f"{text!r} is not a window of time, such as 7d, yesterday, 2026-11-01..2026-11-08 or 2h..1h")

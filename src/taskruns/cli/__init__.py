@@ -1,31 +1,34 @@
 """The command line. Each command's module is imported when the command is used."""
 
+import errno
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import click
 
 _COMMANDS = {
     "exec": "exec",
     "runs": "queries",
+    "active": "queries",
+    "last": "queries",
     "show": "queries",
     "tasks": "tasks",
     "check": "check",
-    "active": "queries",
-    "last": "queries",
-    "watch": "watch",
     "stats": "stats",
-    "ingest": "ingest",
-    "replay": "replay",
+    "watch": "watch",
     "export": "transfer",
     "import": "transfer",
+    "ingest": "ingest",
+    "replay": "replay",
     "supervisors": "supervisors",
     "recover": "supervisors",
     "prune": "retention",
@@ -38,6 +41,9 @@ _COMMANDS = {
 EXEC_USAGE = 125
 """Wrong usage under ``exec``, whose other statuses are the command's: the convention of timeout(1)."""
 
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EIO)
+"""What is wrong where a write fails. Files that a command writes are named by the error, or by the command."""
+
 
 class _Commands(click.Group):
     def list_commands(self, _context: click.Context) -> list[str]:
@@ -49,6 +55,25 @@ class _Commands(click.Group):
         command = getattr(import_module(f"taskruns.cli.{_COMMANDS[name]}"), f"{name}_command")
         assert isinstance(command, click.Command)  # noqa: S101  (for mypy)
         return command
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0]
+        if name not in _COMMANDS and not name.startswith("-") and not context.resilient_parsing:
+            meant = " or ".join(map(repr, get_close_matches(name, _COMMANDS)))
+            context.fail(f"No such command {name!r}.{meant and f' Did you mean {meant}?'}")
+        return super().resolve_command(context, arguments)
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except click.UsageError as error:
+            name = context.invoked_subcommand
+            command = None if name is None else self.get_command(context, name)
+            if error.ctx is None and command is not None:  # the parser of options does not say whose they are
+                error.ctx = click.Context(command, parent=context, info_name=name)
+            raise
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -87,15 +112,22 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except (BrokenPipeError, SystemExit):  # the latter is what click makes of the former
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        _give_up_output()
         return 141
     except Exception as error:
         line = advice(error)
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            _give_up_output()
+            line = f"standard output cannot be written: {error.strerror}"
         if line is None:
             raise
         complain(line)
         return 2
     return int(status or 0)
+
+
+def _give_up_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
 
 
 def _misused(error: click.UsageError) -> int:

@@ -12,7 +12,8 @@ from rich.text import Text
 from taskruns.checks import TaskCheck
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.durations import Duration
+from taskruns.cli.durations import DurationWithUnit
+from taskruns.cli.numbers import Whole
 from taskruns.cli.options import TaskPattern, json_option, tz_option
 from taskruns.cli.output import print_json, printable
 from taskruns.reader import PAGE, Reader
@@ -20,11 +21,11 @@ from taskruns.reader import PAGE, Reader
 _WORDS = {True: ("ok", "green"), False: ("not well", "red")}
 
 
-@click.command("check")
+@click.command("check", short_help="Tell whether tasks are well, and why not.")
 @click.argument("task", type=TaskPattern())
-@click.option("--succeeded-within", metavar="TIME", type=Duration(), help="A success of it ended within: 26h, 2d.")
-@click.option("--max-problems", metavar="N", type=click.IntRange(0), help="At most N problems since its last success.")
-@click.option("--max-running", metavar="TIME", type=Duration(), help="None of its runs is active for longer: 3h.")
+@click.option("--succeeded-within", type=DurationWithUnit(), help="A success of it ended within: 26h, 2d.")
+@click.option("--max-problems", type=Whole(0), help="At most N problems since its last success.")
+@click.option("--max-running", type=DurationWithUnit(), help="None of its runs is active for longer: 3h.")
 @click.option("--quiet", "-q", is_flag=True, help="Print only those that are not well, as cron likes it.")
 @tz_option
 @json_option
@@ -42,6 +43,8 @@ def check_command(
 
     A task is well if it keeps to all that is given; if nothing is, if its latest run that has ended is no problem.
     What was never seen is not well. The exit status is 0 if all are well, 1 if not, and 2 if it cannot be told.
+
+    GLOB is a pattern such as 'backup-*'; [*] is a star.
     """
     tell = (lambda found: print_json(found.to_wire())) if as_json else _teller()
     count = 0

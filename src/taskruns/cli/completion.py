@@ -6,7 +6,7 @@ from click.shell_completion import get_completion_class
 from taskruns.cli import cli
 
 
-@click.command("completion")
+@click.command("completion", short_help="Print what completes commands, options and tasks.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
     """Print what makes SHELL complete commands, options and task ids.

@@ -20,7 +20,7 @@ def db_command() -> None:
     """Look after the database."""
 
 
-@db_command.command("upgrade")
+@db_command.command("upgrade", short_help="Create the tables, or bring them up to date.")
 @click.option("--sql", is_flag=True, help="Print the DDL for an empty database of this kind instead of running it.")
 @db_option
 def upgrade(sql: bool) -> None:
@@ -47,7 +47,7 @@ def current() -> int:
     return 0
 
 
-@db_command.command("check")
+@db_command.command("check", short_help="Check the version of the tables, and their structure.")
 @db_option
 def check() -> int:
     """Check that the tables are of a version that suits, and are what that version makes them."""

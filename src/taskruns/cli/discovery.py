@@ -97,7 +97,8 @@ class Database:
     def require(self) -> None:
         """Check that the file of an SQLite database is there."""
         if is_file(self.url) and not Path(self.url.database or "").is_file():
-            raise click.ClickException(f"no such database: {self.url.database} (named by {self.named_by})")
+            advice = "; the first `taskruns exec` makes it" if self.is_default else ""
+            raise click.ClickException(f"no such database: {self.url.database} (named by {self.named_by}){advice}")
 
 
 def places(option: str | None) -> Iterator[tuple[str, Callable[[], str | None]]]:

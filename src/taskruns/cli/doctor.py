@@ -20,6 +20,7 @@ from taskruns import engine, migrate, recovery, spool, statements
 from taskruns.cli import advice
 from taskruns.cli.discovery import DEFAULT, Database, db_option, places
 from taskruns.cli.finding import Finding, Findings
+from taskruns.cli.options import json_option
 from taskruns.cli.storage import existing, file, place, size
 from taskruns.liveness import Process
 from taskruns.repository import TaskRunRepository
@@ -44,9 +45,9 @@ MUCH_FREE = 16 * 1024 * 1024
 """Bytes of free pages in an SQLite file from which they are worth a remark, if they are half of it."""
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Say what is configured, and whether it works.")
 @click.option("--cron", is_flag=True, help="Look from where cron stands, and print a crontab line that works.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each finding.")
+@json_option
 @db_option
 def doctor_command(cron: bool, as_json: bool) -> int:
     """Say what is configured, whether it works, and what to do where it does not.

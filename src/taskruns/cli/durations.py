@@ -22,6 +22,17 @@ class Duration(click.ParamType[Any]):
             self.fail(str(error), parameter, context)
 
 
+class DurationWithUnit(Duration):
+    """The same, but for a bare number: where hours and days are meant, it would hardly mean seconds."""
+
+    def convert(self, value: object, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the seconds."""
+        text = str(value).strip()
+        if text.replace(".", "", 1).isdecimal():
+            self.fail(f"{text} of what? such as {text}h", parameter, context)
+        return super().convert(value, parameter, context)
+
+
 class DurationRange(Duration):
     """The least and the most seconds, written like ``1s..60s``; a single duration is both."""
 

@@ -10,6 +10,7 @@ import click
 from taskruns.cli import EXEC_USAGE, complain
 from taskruns.cli.discovery import Database, db_option
 from taskruns.cli.durations import Duration, DurationRange
+from taskruns.cli.numbers import Whole
 from taskruns.cli.task_id import TaskId
 from taskruns.history import TaskRunHistory
 from taskruns.retrying import OnRetry
@@ -39,7 +40,12 @@ class _Command(click.Command):
         return arguments[: len(arguments) - len(rest)], rest
 
 
-@click.command("exec", cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "exec",
+    cls=_Command,
+    short_help="Run a command and record every attempt of it.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.argument("task", type=TaskId())
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 @click.option("--timeout", type=Duration(), help="Stop the command after this time, such as 30s, 5m or 2h; 0 is never.")
@@ -50,7 +56,7 @@ class _Command(click.Command):
     show_default=True,
     help="How long after the SIGTERM of a timeout SIGKILL follows.",
 )
-@click.option("--retries", type=click.IntRange(0, 1000000), default=0, show_default=True, help="Try again so often.")
+@click.option("--retries", type=Whole(0, 1000000), default=0, show_default=True, help="Try again so often.")
 @click.option(
     "--backoff",
     type=DurationRange(),
@@ -61,7 +67,7 @@ class _Command(click.Command):
 @click.option("--no-overlap", is_flag=True, help="Start nothing while the task has an active run.")
 @click.option(
     "--conflict-exit-code",
-    type=click.IntRange(0, 255),
+    type=Whole(0, 255),
     default=1,
     show_default=True,
     help="The exit status when --no-overlap starts nothing.",

@@ -1,31 +1,39 @@
 """The options of a filter: what says which runs are asked for."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import timedelta, tzinfo
 from functools import wraps
 from typing import Any, TypeVar
 
 import click
 
 from taskruns.cli.durations import Duration
-from taskruns.cli.options import phase_option, phases_of, problems_option, task_and_glob, tz_option, window_of
-from taskruns.filters import ANY_TIME, RunFilter
+from taskruns.cli.numbers import Whole
+from taskruns.cli.options import (
+    phase_option,
+    phases_of,
+    problems_option,
+    task_and_glob,
+    tz_option,
+    window_of,
+    window_within,
+)
+from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase
-from taskruns.windows import parse_window
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
     phase_option,
     problems_option,
-    click.option("--since", metavar="TIME", help="Started since: 7d, today, 2026-11-01, 02:00, 2026-11-01T02:00."),
+    click.option("--since", metavar="TIME", help="Started since: 7d, today, 02:00, 2026-11-01, 2026-11-01T02:00."),
     click.option("--started", metavar="WINDOW", help="Started within: 7d, 2h..1h, yesterday, 2026-11-01..2026-11-08."),
-    click.option("--finished", metavar="WINDOW", help="Ended within."),
+    click.option("--finished", metavar="WINDOW", help="Ended within, likewise."),
     click.option("--min-duration", type=Duration(), help="Took at least so long: 30s, 5m, 2h."),
     click.option("--max-duration", type=Duration(), help="Took at most so long."),
-    click.option("--exit-code", type=int, help="Ended with this exit code."),
-    click.option("--source", help="From this host, or stream."),
-    click.option("--submission", help="The attempts of this submission."),
+    click.option("--exit-code", type=Whole(-(2**31), 2**31 - 1), metavar="N", help="Ended with this exit code."),
+    click.option("--source", metavar="NAME", help="From this host, or stream."),
+    click.option("--submission", metavar="ID", help="The attempts of this submission."),
     click.option("--error", metavar="TEXT", help="With this text in the error, in a window of time."),
     click.option("--recovered/--observed", default=None, help="Whose outcome was inferred, or observed."),
     click.option("--active/--ended", default=None, help="In progress, or not any more."),
@@ -50,13 +58,15 @@ def filter_options(command: F) -> F:
         zone: tzinfo,
         **others: Any,
     ) -> Any:
+        if others["error"] and since is started is finished is None:
+            raise click.UsageError("--error is looked for in a window of time: give --since, --started or --finished")
         names = ("exit_code", "source", "submission", "error", "recovered", "active")
         try:
             wanted = RunFilter(
                 *task_and_glob(task),
                 phases=phases_of(phases, problems=problems),
                 started=window_of(since, started, zone),
-                finished=ANY_TIME if finished is None else parse_window(finished, now=datetime.now(UTC), zone=zone),
+                finished=window_within("--finished", finished, zone),
                 min_duration=None if min_duration is None else timedelta(seconds=min_duration),
                 max_duration=None if max_duration is None else timedelta(seconds=max_duration),
                 **{name: others.pop(name) for name in names},

@@ -146,7 +146,7 @@ class _Input:
                 yield from item.split(b"\n")
 
 
-@click.command("ingest")
+@click.command("ingest", short_help="Record the events of a supervisor.")
 @click.argument("file", default="-", type=click.Path(allow_dash=True, exists=True, dir_okay=False))
 @click.option("--source", metavar="NAME", help="The name of the stream.  [default: the name of the host]")
 @click.option("--ack", is_flag=True, help='Print {"ack": SEQ}, or the number of the line, once it is on disk.')

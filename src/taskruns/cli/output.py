@@ -46,16 +46,23 @@ _ENDED: Column = ("ENDED", "ended")
 _NUMBERS = frozenset({"ATTEMPT", "#", "DURATION", "EXIT", "ACTIVE", "LAST SEEN", "RATE", "MEDIAN", "RUNS"}) | {
     *("AGO", "SUCCESS", "PROBLEM", "PROBLEMS", "P50", "P95")
 }
+_ERROR_ROOM = 60
+"""Cells of a terminal that an error has at least, unless it is shorter; else it stands below its run."""
+_TASK_ROOM = 40
+"""The most cells of a terminal, or three in ten of a wide one, that task ids have; longer ones are folded."""
 _NEWEST_RIGHT = "RECENT"
 """The column that is aligned to the right and loses its beginning."""
 _GIVING_WAY = (
-    *(("ERROR", 40), ("TASK", 60), ("SOURCE", 16), ("ERROR", 24), ("TASK", 32), ("SUPERVISOR", 10), ("SOURCE", 10)),
-    *(("TASK", 24), ("RECENT", 12), ("TASK", 20), ("ERROR", 12), ("TASK", 12), ("SOURCE", 6), ("ERROR", 6)),
+    *(("ERROR", _ERROR_ROOM), ("SOURCE", 16), ("TASK", 32), ("SUPERVISOR", 10), ("SOURCE", 10)),
+    *(("TASK", 24), ("RECENT", 12), ("TASK", 20), ("TASK", 12), ("SOURCE", 6)),
 )
 """The columns that become narrower where there is little room, in this order, to so many cells; no other does."""
 
 _FEWEST = 2
 """Columns that are shown however narrow the terminal is."""
+
+_GAP = 2
+"""Cells between two columns, where there is room."""
 
 _NARROW = 100
 """Columns of a terminal below which tables are written closer."""
@@ -90,18 +97,30 @@ def print_json(wire: Mapping[str, Any]) -> None:
 def print_table(runs: Iterable[TaskRun], columns: Sequence[Column], zone: tzinfo = UTC) -> None:
     """Print runs as a table, with times of a zone; not on a terminal, as plain text without colour or cuts.
 
-    On a narrow terminal an error stands below its run.
+    On a narrow terminal errors stand below their runs, as they do where one would be cut.
     """
-    runs, zone_called, notes = list(runs), zone_name(zone), []
+    runs, zone_called = list(runs), zone_name(zone)
     if is_narrow():
-        if _ERROR in columns:
-            notes = [summary_of(run.error) for run in runs]
-        columns = [column for column in columns if column != _ERROR]
         if _TASK in columns:
             columns = [("#", name) if name == "attempt" else (heading, name) for heading, name in columns]
         zone_called = zone_called.rpartition("/")[2]
     headings = [f"{heading} ({zone_called})" if name in ("started", "ended") else heading for heading, name in columns]
-    print_rows(headings, [_cells(run, columns, zone) for run in runs], notes)
+    rows, notes = [_cells(run, columns, zone) for run in runs], []
+    if rows and _ERROR in columns and (is_narrow() or _lacks_room(headings, rows)):
+        place = columns.index(_ERROR)
+        headings.pop(place)
+        notes = [row.pop(place).plain for row in rows]
+    print_rows(headings, rows, notes)
+
+
+def _lacks_room(headings: Sequence[str], rows: Sequence[Sequence[Text]]) -> bool:
+    """Whether a terminal has no room for the errors, or enough of them, beside the other columns."""
+    if not sys.stdout.isatty():
+        return False
+    room = Console().width
+    widths = dict(zip(headings, _natural(headings, rows, room), strict=True))
+    left = room - _GAP * (len(widths) - 1) - sum(widths.values()) + widths["ERROR"]
+    return left < min(widths["ERROR"], _ERROR_ROOM)
 
 
 def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]], notes: Sequence[str] = ()) -> None:
@@ -112,7 +131,7 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]], notes: S
         _print_plain([headings, *[[cell.plain for cell in row] for row in rows]])
         return
     console = Console(highlight=False)
-    gap = 1 if is_narrow() else 2
+    gap = 1 if is_narrow() else _GAP
     widths = _fitting(headings, rows, console.width, gap)
     headings = headings[: len(widths)]
     table = _table(headings, widths, gap)
@@ -121,7 +140,7 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]], notes: S
         table.add_row(*map(_cut, row, headings, widths))  # as many as there are headings left
         if notes and notes[place]:
             console.print(table)
-            console.print(Text(f"  {notes[place]}", style="dim"), no_wrap=True, overflow="ellipsis")
+            console.print(Text(f"  {notes[place]}", style="dim"), no_wrap=True, overflow=_overflow())
             table = _table(headings, widths, gap)
     if table.row_count:
         console.print(table)
@@ -129,8 +148,7 @@ def print_rows(headings: Sequence[str], rows: Sequence[Sequence[Text]], notes: S
 
 def _fitting(headings: Sequence[str], rows: Sequence[Sequence[Text]], room: int, gap: int) -> list[int]:
     """Return the widths of the columns so that they fit: of the first ones, where there is no room for all."""
-    columns = list(zip(headings, zip(*rows, strict=True), strict=True))
-    widths = [max(cell_len(heading), *(cell.cell_len for cell in cells)) for heading, cells in columns]
+    widths = _natural(headings, rows, room)
     room -= gap * (len(headings) - 1)
     for heading, least in _GIVING_WAY:
         if heading in headings:
@@ -141,6 +159,14 @@ def _fitting(headings: Sequence[str], rows: Sequence[Sequence[Text]], room: int,
         widths.pop()
         room += gap
     return widths
+
+
+def _natural(headings: Sequence[str], rows: Sequence[Sequence[Text]], room: int) -> list[int]:
+    """Return the widths of the columns where there is room for all of them, on a terminal of so many."""
+    columns = zip(headings, zip(*rows, strict=True), strict=True)
+    widths = [(heading, max(cell_len(heading), *(cell.cell_len for cell in cells))) for heading, cells in columns]
+    most = max(_TASK_ROOM, 3 * room // 10)
+    return [min(width, most) if heading == "TASK" else width for heading, width in widths]
 
 
 def _cut(cell: Text, heading: str, width: int) -> Text:
@@ -188,11 +214,15 @@ def print_run(run: TaskRun, zone: tzinfo = UTC) -> None:
 
 
 def printable(text: str) -> str:
-    """Return text without the characters by which it could command a terminal."""
-    return "".join(
+    """Return text without the characters by which it could command a terminal, and those of the output's encoding."""
+    harmless = "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character
         for character in text.replace("\t", "    ")
     )
+    if holds_unicode():
+        return harmless
+    encoding = sys.stdout.encoding or "ascii"  # escaped here, so that widths are those of what is printed
+    return harmless.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _cells(run: TaskRun, columns: Sequence[Column], zone: tzinfo) -> list[Text]:
@@ -215,10 +245,14 @@ def _cells(run: TaskRun, columns: Sequence[Column], zone: tzinfo) -> list[Text]:
             values[name],
             style=STYLES[run.phase] if name == "phase" else "",
             no_wrap=name in cut,
-            overflow="ellipsis" if name in cut else "fold",
+            overflow=_overflow() if name in cut else "fold",
         )
         for _, name in columns
     ]
+
+
+def _overflow() -> Literal["ellipsis", "crop"]:
+    return "ellipsis" if holds_unicode() else "crop"
 
 
 def summary_of(error: str | None) -> str:

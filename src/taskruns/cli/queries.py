@@ -8,8 +8,10 @@ import click
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.filters import filter_options
+from taskruns.cli.numbers import Whole
 from taskruns.cli.options import (
     ROWS,
+    json_object_option,
     json_option,
     limit_option,
     phase_option,
@@ -21,7 +23,7 @@ from taskruns.cli.options import (
 )
 from taskruns.cli.output import columns_of, print_json, print_run, print_table, printable
 from taskruns.cli.task_id import TaskId
-from taskruns.cli.unknown import is_unknown, unknown
+from taskruns.cli.unknown import is_unknown, nothing, unknown
 from taskruns.filters import RunFilter, RunOrder
 from taskruns.model import MAX_ATTEMPT, TaskPhase, TaskRun
 from taskruns.reader import PAGE, Reader
@@ -29,7 +31,7 @@ from taskruns.reader import PAGE, Reader
 _task = click.argument("task", type=TaskId())
 
 
-@click.command("runs")
+@click.command("runs", short_help="List runs, the newest first.")
 @task_argument
 @filter_options
 @click.option("--oldest-first", is_flag=True, help="Oldest first instead of newest first.")
@@ -49,13 +51,17 @@ def runs_command(
     after: str | None,
     as_json: bool,
 ) -> int:
-    """List runs: of TASK, of the tasks that match GLOB ('backup-*'; [*] is a star), or of all tasks.
+    """List runs: of TASK, of the tasks that match GLOB, or of all tasks.
+
+    GLOB is a pattern such as 'backup-*'; [*] is a star.
 
     Newest first: of one task by attempt, of several by their start, and with --problems by their end.
     """
     if oldest_first and longest_first:
         raise click.UsageError("--oldest-first and --longest-first exclude each other")
     order = RunOrder.OLDEST if oldest_first else RunOrder.LONGEST if longest_first else RunOrder.NEWEST
+    if only_count and (oldest_first or longest_first or limit is not None or after is not None):
+        raise click.UsageError("--count counts all: it goes with no order, --limit or --after")
     with database().reading() as history:
         if only_count:
             count = history.count_runs(wanted)
@@ -96,6 +102,8 @@ def _list(
             break
     if not is_any and is_unknown(history, wanted):
         return unknown(str(wanted.task_id))
+    if not is_any:
+        nothing("no runs match")
     if not as_json:
         print_table(shown, columns_of(wanted), zone)
     if after is not None:
@@ -103,53 +111,65 @@ def _list(
     return 0
 
 
-@click.command("show")
+@click.command("show", short_help="Show all that is known of one run of a task.")
 @_task
-@click.argument("attempt", type=click.IntRange(1, MAX_ATTEMPT), required=False)
+@click.argument("attempt", type=Whole(1, MAX_ATTEMPT), required=False)
 @tz_option
-@json_option
+@json_object_option
 @db_option
 def show_command(task: str, attempt: int | None, zone: tzinfo, as_json: bool) -> int:
     """Show all that is known of a run of TASK: of its latest, or of ATTEMPT."""
     with database().reading() as history:
         run = history.last_run(task) if attempt is None else history.get_run(task, attempt)
         if run is None:
-            return unknown(task if attempt is None or history.last_run(task) is None else f"{task} {attempt}")
+            if attempt is None or history.last_run(task) is None:
+                return unknown(task, takes_one="show")
+            complain(f"{printable(task)} has no attempt {attempt}")
+            return 1
         _print_one(run, zone, as_json=as_json)
         return 0
 
 
-@click.command("last")
+@click.command("last", short_help="Show the latest run of a task.")
 @_task
 @phase_option
 @problems_option
 @tz_option
-@json_option
+@json_object_option
 @db_option
 def last_command(task: str, phases: list[TaskPhase], problems: bool, zone: tzinfo, as_json: bool) -> int:
     """Show the latest run of TASK, or its latest in one of some phases."""
     with database().reading() as history:
-        run = history.last_run(task, phases=phases_of(phases, problems=problems))
+        wanted = phases_of(phases, problems=problems)
+        run = history.last_run(task, phases=wanted)
         if run is not None:
             _print_one(run, zone, as_json=as_json)
         elif history.last_run(task) is None:
-            return unknown(task)
+            return unknown(task, takes_one="last")
+        else:
+            named = [phase for phase in TaskPhase if phase in (wanted or [])]
+            nothing(f"no {' or '.join(named)} run of {task}")
         return 0
 
 
-@click.command("active")
+@click.command("active", short_help="List the active runs.")
 @task_argument
 @limit_option
 @tz_option
 @json_option
 @db_option
 def active_command(task: str | None, limit: int | None, zone: tzinfo, as_json: bool) -> int:
-    """List the active runs, in the order they started: of all tasks, of TASK, or of those that match GLOB."""
+    """List the active runs, in the order they started: of TASK, of the tasks that match GLOB, or of all tasks.
+
+    GLOB is a pattern such as 'backup-*'; [*] is a star.
+    """
     wanted = RunFilter(*task_and_glob(task), active=True)
     with database().reading() as history:
         active = history.active_runs(wanted)
         if not active and is_unknown(history, wanted):
             return unknown(str(wanted.task_id))
+    if not active:
+        nothing("no runs match")
     most = limit or (None if as_json else ROWS)
     if as_json:
         for run in active[:most]:

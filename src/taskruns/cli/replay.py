@@ -17,8 +17,8 @@ _MEANINGS = {
 }
 
 
-@click.command("replay")
-@click.option("--json", "is_json", is_flag=True, help="Print one JSON object.")
+@click.command("replay", short_help="Write what was kept while the database was out of use.")
+@click.option("--json", "is_json", is_flag=True, help="Print a JSON object.")
 @db_option
 def replay_command(is_json: bool) -> None:
     """Write into the database what was kept while it could not be used.

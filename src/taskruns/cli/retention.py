@@ -6,6 +6,8 @@ import click
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import configured_retention, database, db_option
+from taskruns.cli.numbers import Whole
+from taskruns.cli.options import json_object_option
 from taskruns.cli.output import printable
 from taskruns.cli.progress import progress
 from taskruns.cli.task_id import TaskId
@@ -13,16 +15,18 @@ from taskruns.model import MAX_ATTEMPT
 from taskruns.retention import EMBEDDED, Retention
 
 
-@click.command("prune")
+@click.command("prune", short_help="Delete old runs.")
 @click.option(
-    "--succeeded", metavar="AGE", help="How long to keep succeeded runs, such as 90d, or never to delete any."
+    "--succeeded", metavar="DURATION", help="How long to keep succeeded runs, such as 90d, or never to delete any."
 )
-@click.option("--others", metavar="AGE", help="How long to keep runs that ended otherwise.")
+@click.option("--others", metavar="DURATION", help="How long to keep runs that ended otherwise.")
 @click.option("--keep", metavar="N", help="How many of the newest runs of each task to keep whatever their age.")
-@click.option("--forget-idle", metavar="AGE", help="After which time without a run to delete all of a task.")
-@click.option("--task", metavar="GLOB", help="Only tasks that match, such as 'import:*'; [*] is a star.")
+@click.option("--forget-idle", metavar="DURATION", help="After which time without a run to delete all of a task.")
+@click.option(
+    "--task", metavar="TASK|GLOB", help="Only this task, or those that match, such as 'import:*'; [*] is a star."
+)
 @click.option("--dry-run", is_flag=True, help="Delete nothing, only tell how many runs would be.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_object_option
 @click.option("--compact", is_flag=True, help="Give the space back afterwards; writers wait meanwhile.")
 @db_option
 def prune_command(
@@ -70,9 +74,9 @@ def prune_command(
             history.compact()
 
 
-@click.command("forget")
+@click.command("forget", short_help="Delete the runs of a task, or the texts of their errors.")
 @click.argument("task", type=TaskId())
-@click.argument("attempt", type=click.IntRange(1, MAX_ATTEMPT), required=False)
+@click.argument("attempt", type=Whole(1, MAX_ATTEMPT), required=False)
 @click.option("--error-only", is_flag=True, help="Keep the runs and remove the text of their errors.")
 @db_option
 def forget_command(task: str, attempt: int | None, error_only: bool) -> int:

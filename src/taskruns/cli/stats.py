@@ -12,7 +12,7 @@ from rich.text import Text
 
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.filters import filter_options
-from taskruns.cli.options import task_argument
+from taskruns.cli.options import json_object_option, task_argument
 from taskruns.cli.output import (
     STYLES,
     holds_unicode,
@@ -41,19 +41,19 @@ def _span(_context: click.Context, _parameter: click.Parameter, value: str | Non
     return None if value is None else Span(value)
 
 
-@click.command("stats")
+@click.command("stats", short_help="Count runs, and tell how long they took.")
 @task_argument
 @filter_options
 @click.option(
     "--by", type=click.Choice([span.value for span in Span]), callback=_span, help="Those of each day, or hour, too."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@json_object_option
 @db_option
 def stats_command(wanted: RunFilter, zone: tzinfo, by: Span | None, as_json: bool) -> int:
     """Tell how many runs there were, how they ended and how long they took.
 
-    Those of TASK, of the tasks that match GLOB ('backup-*'; [*] is a star), or of all tasks. A terminal shows plots of
-    them over time too, if taskruns[plot] is installed.
+    Those of TASK, of the tasks that match GLOB, or of all tasks. GLOB is a pattern such as 'backup-*'; [*] is a star. A
+    terminal shows plots of them over time too, if taskruns[plot] is installed.
     """
     can_plot = not as_json and sys.stdout.isatty() and holds_unicode()
     is_plotted = can_plot and find_spec("plotille") is not None

@@ -11,6 +11,7 @@ from rich.text import Text
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.durations import Duration
+from taskruns.cli.options import json_option
 from taskruns.cli.output import columns_of, print_json, print_rows, print_table, printable
 from taskruns.filters import RunFilter
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
@@ -30,9 +31,9 @@ _stale_after = click.option(
 )
 
 
-@click.command("supervisors")
+@click.command("supervisors", short_help="List the processes that watch over runs.")
 @_stale_after
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each supervisor.")
+@json_option
 @db_option
 def supervisors_command(stale_after: float, as_json: bool) -> None:
     """List the processes that watch over runs: alive, idle (without an active run), or stale.
@@ -81,16 +82,15 @@ def _row(known: Supervisor, state: str) -> Sequence[Text]:
     )
 
 
-@click.command("recover")
+@click.command("recover", short_help="Close the active runs of processes that are gone.")
 @_stale_after
 @click.option(
     "--unsupervised",
     type=Duration(),
-    metavar="AGE",
     help="Also close runs without a supervisor that started so long ago: written by SQL, or imported.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be closed.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each run.")
+@json_option
 @db_option
 def recover_command(stale_after: float, unsupervised: float | None, dry_run: bool, as_json: bool) -> None:
     """Close the active runs of processes that are gone, as failed; show these runs.

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
-from taskruns.cli.durations import Duration
+from taskruns.cli.durations import DurationWithUnit
 from taskruns.cli.options import (
     ROWS,
     json_option,
@@ -26,7 +26,7 @@ from taskruns.cli.options import (
 )
 from taskruns.cli.output import STYLES, percent, print_json, print_rows, printable, zone_name
 from taskruns.cli.task_id import TaskId
-from taskruns.cli.unknown import is_unknown, unknown
+from taskruns.cli.unknown import is_unknown, nothing, unknown
 from taskruns.filters import RunFilter
 from taskruns.model import TaskPhase, TaskRun
 from taskruns.summaries import TaskSummary
@@ -45,12 +45,14 @@ _MARKS = {
 }
 
 
-@click.command("tasks")
+@click.command("tasks", short_help="List tasks and how they are doing.")
 @task_argument
 @phase_option
 @problems_option
-@click.option("--stale", metavar="AGE", type=Duration(), help="Only if no success ended for so long: 2d, 26h.")
-@click.option("--since", metavar="TIME", help="Rate and median of the runs that started since; 7d unless given.")
+@click.option("--stale", type=DurationWithUnit(), help="Only if no success ended for so long: 2d, 26h.")
+@click.option(
+    "--since", metavar="TIME", help="Rate and median of the runs that started since: today, 30d; 7d unless given."
+)
 @click.option("--started", metavar="WINDOW", help="Or within: yesterday, 2026-11-01..2026-11-08.")
 @limit_option
 @click.option("--after", type=TaskId(), help="Go on after this task.")
@@ -69,15 +71,14 @@ def tasks_command(
     zone: tzinfo,
     as_json: bool,
 ) -> int:
-    """List tasks and how they are doing, in the order of their ids: all, or TASK, or those that match GLOB.
+    """List tasks and how they are doing, in the order of their ids: TASK, those that match GLOB, or all.
+
+    GLOB is a pattern such as 'backup-*'; [*] is a star.
 
     --phase and --problems are about the last run. RECENT are the outcomes of up to 20 runs, the newest on the right:
     . succeeded, F failed, T timeout, X exhausted, c canceled, > running.
     """
-    try:
-        window = window_of("7d" if since is started is None else since, started, zone)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
+    window = window_of("7d" if since is started is None else since, started, zone)
     most = limit or (None if as_json else ROWS)
     with database().reading() as history:
 
@@ -104,7 +105,12 @@ def tasks_command(
             if next(found, None) is not None:
                 complain(f"there are more: --after {shlex.quote(printable(shown[-1].task_id))}")
         wanted = RunFilter(*task_and_glob(task))
-        return unknown(str(wanted.task_id)) if not is_any and is_unknown(history, wanted) else 0
+        if is_any:
+            return 0
+        if is_unknown(history, wanted):
+            return unknown(str(wanted.task_id))
+        nothing("no tasks match" if task is None else f"no task matches {task}")
+        return 0
 
 
 def _paged(

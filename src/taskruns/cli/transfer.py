@@ -60,17 +60,18 @@ _CSV = (
 )
 
 
-@click.command("export")
+@click.command("export", short_help="Write runs as JSON lines, or as CSV.")
 @click.option("--csv", "as_csv", is_flag=True, help="Write CSV with a header instead.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Where to; else to standard output.")
-@click.option("--task", type=TaskPattern(), metavar="TASK|GLOB", help="Only the runs of this task, or of these.")
+@click.option("--task", type=TaskPattern(), help="Only the runs of this task, or of these.")
 @filter_options
 @db_option
 def export_command(wanted: RunFilter, zone: tzinfo, as_csv: bool, output: Path | None) -> int:  # noqa: ARG001  (shown is UTC)
     """Write runs as JSON lines, all of them unless told otherwise.
 
     They come in the order of task and attempt; with a filter of anything but one task, in the order they started.
-    `taskruns import` reads them. A FILE is complete or not there at all.
+    `taskruns import` reads them. A FILE is complete or not there at all. GLOB is a pattern such as 'backup-*'; [*] is a
+    star.
     """
     line_of: Callable[[TaskRun], str] = _csv_line if as_csv else _json_line
     on_terminal = output is None and sys.stdout.isatty()
@@ -100,11 +101,15 @@ def _target(path: Path | None) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         return
     path = path.resolve()  # so that a link stays one
+    if path.is_dir():
+        raise click.ClickException(f"--output: {path} is a directory")
+    if not path.parent.is_dir():
+        raise click.ClickException(f"--output: there is no directory {path.parent}")
     if path.exists() and not path.is_file():
         with path.open("wb") as device:
             yield device
         return
-    with ExitStack() as undo:
+    with ExitStack() as undo, _blamed(path):
         number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         undo.callback(Path(name).unlink, missing_ok=True)
         with os.fdopen(number, "wb") as file:
@@ -112,6 +117,15 @@ def _target(path: Path | None) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(number)
         Path(name).replace(path)
+
+
+@contextmanager
+def _blamed(path: Path) -> Iterator[None]:
+    """Say which file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -136,7 +150,7 @@ def _csv_value(value: object) -> str:
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
-@click.command("import")
+@click.command("import", short_help="Add runs that `taskruns export` wrote.")
 @click.argument("file")
 @click.option(
     "--rejects", type=click.Path(path_type=Path), metavar="FILE", help="Where to keep lines that are rejected."
@@ -161,6 +175,8 @@ def import_command(file: str, rejects: Path | None, yes: bool) -> int:
         with found.options_checked():
             history = opened.enter_context(TaskRunHistory.connect(url))
             history.prepare()
+        if rejects is not None:
+            opened.enter_context(_blamed(rejects))
         kept = opened.enter_context(Rejects(rejects))
         done = _Done(kept)
         opened.callback(done.report)

@@ -12,8 +12,10 @@ from rich.text import Text
 
 from taskruns.cli import advice, complain
 from taskruns.cli.discovery import database, db_option
+from taskruns.cli.numbers import Seconds
 from taskruns.cli.options import phase_option, phases_of, problems_option, task_and_glob, task_argument, tz_option
 from taskruns.cli.output import STYLES, print_json, printable, summary_of
+from taskruns.cli.unknown import is_unknown, nothing
 from taskruns.filters import RunFilter
 from taskruns.following import MIN_INTERVAL, Following
 from taskruns.history import TaskRunHistory
@@ -26,32 +28,33 @@ _WIDEST = 36
 """Cells that a column of names grows to; a longer name takes the room it needs."""
 
 
-@click.command("watch")
+@click.command("watch", short_help="Print runs as they start and as they end.")
 @task_argument
 @phase_option
 @problems_option
 @click.option(
     "--interval",
-    type=click.FloatRange(MIN_INTERVAL),
+    type=Seconds(MIN_INTERVAL),
     default=1.0,
     show_default=True,
-    metavar="SECONDS",
     help="Look so often.",
 )
 @tz_option
-@click.option("--json", "as_json", is_flag=True, help="Print the run as a line of JSON for each event.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each: the run as it is then.")
 @db_option
 def watch_command(
     task: str | None, phases: list[TaskPhase], problems: bool, interval: float, zone: tzinfo, as_json: bool
 ) -> None:
-    """Print runs as they start and as they end, of TASK or of all tasks.
+    """Print runs as they start and as they end: of TASK, of the tasks that match GLOB, or of all tasks.
 
-    TASK is an id, or a pattern such as 'backup-*'. First come the runs that are active.
+    First come the runs that are active. GLOB is a pattern such as 'backup-*'; [*] is a star.
     """
     wanted = RunFilter(*task_and_glob(task), phases=phases_of(phases, problems=problems))
     following = Following(wanted, interval=interval)
     lines = _Lines(zone)
     with database().reading() as history:
+        if is_unknown(history, wanted):
+            nothing(f"no run of {wanted.task_id} yet")
         steps = _Steps(history, following)
         while True:
             for run in steps.take():
