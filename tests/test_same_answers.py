@@ -135,6 +135,8 @@ def filters(draw: st.DrawFn, memory: Memory) -> Wanted:
     names = draw(st.lists(st.sampled_from(list(choices)), max_size=3, unique=True))
     if "error" in names and not {"started", "finished"} & set(names):
         names.append("started")
+    if {"min_duration", "max_duration"} <= set(names):  # in this order, or it would be refused
+        choices |= {"min_duration": st.sampled_from(near[::2]), "max_duration": st.sampled_from(near[:2])}
     return Wanted(**{name: draw(choices[name]) for name in names})
 
 
