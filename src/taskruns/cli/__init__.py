@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ class _Commands(click.Group):
 @click.option(
     "--db", metavar="URL", help="The database; else TASKRUNS_DB, a configuration file, or a file of your own."
 )
-@click.version_option(version("taskruns"), prog_name="taskruns")
+@click.version_option(package_name="taskruns", prog_name="taskruns")
 @click.pass_context
 def cli(context: click.Context, db: str | None) -> None:
     """The flight recorder for tasks: keeps every attempt of every task."""
