@@ -75,7 +75,10 @@ def phases(home: Home) -> list[str]:
 
 
 def test_command_has_the_foreground_and_reads_a_line(home: Home, terminal: Terminal) -> None:
-    script = "import os; print(os.isatty(0), os.isatty(1), os.tcgetpgrp(0) == os.getpgrp(), input('name? '))"
+    # Whoever reads has waited for the foreground, which comes a moment after the start.
+    script = (
+        "import os; name = input('name? '); print(os.isatty(0), os.isatty(1), os.tcgetpgrp(0) == os.getpgrp(), name)"
+    )
     terminal.send(f'{home.program} exec job -- {sys.executable} -c "{script}"\n')
     terminal.expect(r"name\? ")
     terminal.send("sun\n")
