@@ -13,15 +13,7 @@ from rich.text import Text
 from taskruns.cli.discovery import database, db_option
 from taskruns.cli.filters import filter_options
 from taskruns.cli.options import json_object_option, task_argument
-from taskruns.cli.output import (
-    STYLES,
-    holds_unicode,
-    percent,
-    print_json,
-    print_rows,
-    printable,
-    zone_name,
-)
+from taskruns.cli.output import STYLES, holds_unicode, percent, print_json, print_rows, printable, zone_name
 from taskruns.cli.unknown import is_unknown, unknown
 from taskruns.filters import ANY_TIME, RunFilter
 from taskruns.model import TaskPhase
