@@ -71,7 +71,7 @@ class Histories:
         return history
 
     def close(self) -> None:
-        busy = [cast(Any, history)._engine.pool.checkedout() for history in self._connected]
+        busy = [in_use(cast(Any, history)) for history in self._connected]
         for history in self._connected:
             history.dispose()
         # A connection of aiosqlite that could not be opened, or was cut, ends by itself: before its event loop does.
@@ -79,3 +79,9 @@ class Histories:
             if "connection_worker" in thread.name:
                 thread.join(10)
         assert not any(busy), "connections were not given back"
+
+
+def in_use(history: Any) -> int:
+    """The number of its connections that somebody has taken and not given back."""
+    checked_out: int = history._engine.pool.checkedout()
+    return checked_out - (len(history._connections._idle) if hasattr(history, "_connections") else 0)

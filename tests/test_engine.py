@@ -107,7 +107,7 @@ def test_cache_size_is_in_mebibytes(sqlite: str, histories: Histories) -> None:
         connection: Any = runs._connection
         connection = getattr(connection, "sync_connection", connection)
 
-        @event.listens_for(connection, "before_cursor_execute", named=True)
+        @event.listens_for(connection.engine, "before_cursor_execute", named=True)
         def look(cursor: Any, **_: object) -> None:
             cursor.execute("PRAGMA cache_size")
             found.append(cursor.fetchone()[0])

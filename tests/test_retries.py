@@ -115,6 +115,7 @@ def test_connection_cut_before_or_after_a_transaction_goes_unnoticed(
     assert history.record_events(stream, [told(3)]) == [Effect.OPENED]
     assert [count > 0 for count in cuts][:2] == [True, True]
     assert len(history.runs("told").runs) == 3
+    monkeypatch.undo()
     admin.dispose()
 
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from histories import in_use
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -103,8 +104,7 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "history"):
-            pool: Any = self.history._engine.pool
-            assert pool.checkedout() == 0
+            assert in_use(self.history) == 0
             self.history.dispose()
 
     def agree(self, expected: TaskRun | type[Exception], call: Any, *args: Any, **kwargs: Any) -> None:

@@ -25,6 +25,8 @@ LOCK_TIMEOUT = 30.0
 CONNECT_TIMEOUT = 5
 """Seconds to wait for a server, unless the URL has a ``connect_timeout``."""
 
+_POOL = {"pool_size": 15, "max_overflow": 0}  # as many as SQLAlchemy opens at most, but all of them are kept
+
 
 def create(url: str | URL, *, read_only: bool = False, lock_timeout: float = LOCK_TIMEOUT) -> Engine:
     """Return an engine on which each statement commits by itself; :func:`transaction` groups them.
@@ -72,7 +74,9 @@ def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[st
         if read_only and str(url.database).startswith("file:") and ":memory:" not in str(url.database):
             query.setdefault("mode", "ro")
         options: dict[str, Any] = {"url": url.set(query=query), "connect_args": arguments}
-        if is_in_memory(url):
+        if not is_in_memory(url):
+            options |= _POOL
+        else:
             # One database for all threads, which otherwise had one each.
             options["poolclass"] = StaticPool
             if url.get_driver_name() == "pysqlite":
@@ -98,6 +102,7 @@ def engine_options(url: URL, *, read_only: bool, lock_timeout: float) -> dict[st
         "connect_args": arguments,
         "isolation_level": "AUTOCOMMIT",
         "skip_autocommit_rollback": True,
+        **_POOL,
     }
 
 

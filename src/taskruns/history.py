@@ -119,7 +119,7 @@ class TaskRunHistory(Reader):
         """
         if not brief:
             self._register()
-        with self._engine.connect() as connection:
+        with self._connections.one() as connection:
             self._require_current(connection)
             with (
                 Watch(self._supervision, is_brief=brief) as watch,
@@ -148,8 +148,9 @@ class TaskRunHistory(Reader):
         return self._open(start, is_certain=False)
 
     def _open(self, start: Start, *, is_certain: bool) -> TaskRun:
-        self._register()
         supervision = self._supervision
+        if supervision.is_due:
+            self._register()
         return self._call(
             lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain)
         )

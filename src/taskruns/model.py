@@ -5,10 +5,11 @@ The record and its phases follow the ``TaskRun`` of the Solti task model.
 
 import re
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any, Self
 
 from taskruns.times import in_utc, parse_time, rfc3339
@@ -155,21 +156,41 @@ class TaskRun:
         error: str | None = None,
         exit_code: int | None = None,
         finished_at: datetime | None = None,
-    ) -> Self:
+    ) -> "TaskRun":
         """Return this run, closed. A ``finished_at`` before the start is clamped to it, so no duration is negative.
 
         Raises:
             ValueError: ``phase`` is not terminal, or an argument is outside its rules.
         """
-        outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
-        return replace(
-            self,
-            phase=outcome.phase,
-            error=outcome.error,
-            exit_code=outcome.exit_code,
-            finished_at=max(outcome.finished_at, self.started_at),
-            recovered=False,
+        return self.ended(Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at))
+
+    def ended(self, outcome: "Outcome") -> "TaskRun":
+        """Return this run, closed with an outcome."""
+        return trusted_run(
+            (
+                self.task_id,
+                self.attempt,
+                outcome.phase,
+                self.started_at,
+                max(outcome.finished_at, self.started_at),
+                outcome.error,
+                outcome.exit_code,
+                False,
+                self.start_inferred,
+                self.source,
+                self.submission,
+                self.source_attempt,
+                self.supervisor_id,
+            )
         )
+
+    def numbered(self, attempt: int) -> "TaskRun":
+        """Return this run with the number that the store gives to it."""
+        return trusted_run((self.task_id, attempt, *_after_attempt(self)))
+
+    def watched_by(self, supervisor_id: int | None) -> "TaskRun":
+        """Return this run with the supervisor that watches over it."""
+        return trusted_run((*_before_supervisor(self), supervisor_id))
 
     @property
     def is_active(self) -> bool:
@@ -241,6 +262,22 @@ def _checked_flag(wire: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{key} must be true or false, not {value!r}")
     return value
+
+
+_FIELDS = [field.name for field in fields(TaskRun)]
+_put = tuple(vars(TaskRun)[name].__set__ for name in _FIELDS)
+_after_attempt, _before_supervisor = attrgetter(*_FIELDS[2:]), attrgetter(*_FIELDS[:-1])
+
+
+def trusted_run(values: Iterable[Any]) -> TaskRun:
+    """Return the run of values that keep its rules as it is, in the order of its fields.
+
+    They are a table's, whose constraints hold the rules, or were checked before: to check takes longer than the rest.
+    """
+    run = TaskRun.__new__(TaskRun)
+    for put, value in zip(_put, values, strict=True):
+        put(run, value)
+    return run
 
 
 @dataclass(frozen=True, slots=True)

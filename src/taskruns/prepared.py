@@ -5,21 +5,25 @@ SQLAlchemy's way from a statement to a row costs several times what SQLite takes
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Dialect, Select
+from sqlalchemy import Connection, Dialect, Insert, Select, Update
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 
 from taskruns import engine
-from taskruns.model import TaskPhase, TaskRun
+from taskruns.model import TaskPhase, TaskRun, trusted_run
 from taskruns.stats import Ended
 
 _MOST = 1000
 """Statements that are kept for a dialect; far more than there are, if nobody asks for ever new ones."""
 
 _log = logging.getLogger("sqlalchemy.engine.Engine")
+
+T = TypeVar("T")
+
+Statement = Select[Any] | Insert | Update
+"""What is prepared: it has its parameters' types, and stands for all its values."""
 
 PHASES = {phase.value: phase for phase in TaskPhase}
 
@@ -35,7 +39,7 @@ class _SQLiteCompiler(SQLiteCompiler):
 class Prepared:
     """The text of a statement, and what its parameters need on their way to the driver."""
 
-    def __init__(self, statement: Select[Any], dialect: Dialect) -> None:
+    def __init__(self, statement: Statement, dialect: Dialect) -> None:
         compiler = _SQLiteCompiler if dialect.name == "sqlite" else dialect.statement_compiler
         compiled: Any = compiler(dialect, statement)
         self.text = str(compiled)
@@ -50,9 +54,30 @@ class Prepared:
 
     def fetch(self, connection: Connection, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         """Send it, and return all rows: of a connection of ours as the driver gives them, else as SQLAlchemy does."""
-        if not engine.is_own(connection) or _log.isEnabledFor(logging.INFO):
-            return connection.execute(self._statement, dict(parameters)).all()  # with whatever a host has set up
-        values = self._constants | dict(parameters)
+        rows: Sequence[Sequence[Any]]
+        if self._is_direct(connection):
+            rows = self._send(connection, parameters, _all_rows)
+        else:
+            rows = connection.execute(self._statement, dict(parameters)).all()
+        return rows
+
+    def write(self, connection: Connection, parameters: Mapping[str, Any]) -> int:
+        """Send it, and return how many rows it has found."""
+        if self._is_direct(connection):
+            return self._send(connection, parameters, _row_count)
+        found: int = connection.execute(self._statement, dict(parameters)).rowcount
+        return found
+
+    def _is_direct(self, connection: Connection) -> bool:
+        # Not a host's connection, which has whatever the host has set up; nor where SQLAlchemy is to log statements, or
+        # to tell them to those that listen, such as telemetry does.
+        heard = connection.engine.dispatch
+        return not (
+            heard.before_cursor_execute or heard.after_cursor_execute or _log.isEnabledFor(logging.INFO)
+        ) and engine.is_own(connection)
+
+    def _send(self, connection: Connection, parameters: Mapping[str, Any], take: Callable[[Any], T]) -> T:
+        values = {**self._constants, **parameters}
         for name, process in self._processors.items():
             values[name] = process(values[name])
         sent = values if self._names is None else tuple([values[name] for name in self._names])
@@ -61,7 +86,7 @@ class Prepared:
             cursor = connection.connection.cursor()
             try:
                 cursor.execute(self.text, sent)
-                rows: Sequence[Sequence[Any]] = cursor.fetchall()
+                return take(cursor)
             finally:
                 cursor.close()
         except connection.dialect.loaded_dbapi.Error as error:
@@ -70,10 +95,17 @@ class Prepared:
             if not isinstance(error, Exception):  # interrupted, or canceled: nobody knows where it stopped
                 connection.invalidate(error)
             raise
-        return rows
 
 
-def prepared(dialect: Dialect, build: Callable[..., Select[Any]], *arguments: Any) -> Prepared:
+def _all_rows(cursor: Any) -> Any:
+    return cursor.fetchall()
+
+
+def _row_count(cursor: Any) -> Any:
+    return cursor.rowcount
+
+
+def prepared(dialect: Dialect, build: Callable[..., Statement], *arguments: Any) -> Prepared:
     """Return the statement that ``build`` makes of some arguments, compiled at its first use."""
     # The dialect holds what holds it: they go together, which they never did from a dictionary with weak keys.
     kept: dict[Any, Prepared] = vars(dialect).setdefault("_taskruns_prepared", {})
@@ -86,23 +118,17 @@ def prepared(dialect: Dialect, build: Callable[..., Select[Any]], *arguments: An
     return found
 
 
-_put = tuple(vars(TaskRun)[field.name].__set__ for field in fields(TaskRun))
-
-
 def runs_of_rows(rows: Iterable[Sequence[Any]]) -> list[TaskRun]:
     """Return the runs of rows with the columns of ``statements.COLUMNS``, as a driver gives them.
 
     Their rules are constraints of the table. To have them checked again would take longer than all the rest.
     """
-    new, phases, moment = TaskRun.__new__, PHASES, moment_of
+    phases, moment = PHASES, moment_of
     runs = []
     for task_id, attempt, phase, started_at, finished_at, error, code, recovered, inferred, *rest in rows:
-        run = new(TaskRun)
         end = None if finished_at is None else moment(finished_at)
         head = (task_id, attempt, phases[phase], moment(started_at), end, error, code, bool(recovered), bool(inferred))
-        for put, value in zip(_put, (*head, *rest), strict=True):
-            put(run, value)
-        runs.append(run)
+        runs.append(trusted_run((*head, *rest)))
     return runs
 
 

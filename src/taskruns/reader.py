@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine
 
 from taskruns import migrate
 from taskruns.checks import TaskCheck
+from taskruns.connections import Connections
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
 from taskruns.following import Following
 from taskruns.liveness import Supervisor
@@ -38,13 +39,14 @@ class Reader:
 
     def __init__(self, engine: Engine, *, retry_for: float, on_retry: OnRetry | None) -> None:
         self._engine = engine
+        self._connections = Connections(engine)
         self.on_retry = on_retry
         self._retry_for = retry_for
         self._is_current = False
 
     def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
-        self._engine.dispose()
+        self._connections.dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -226,9 +228,13 @@ class Reader:
         return result
 
     def _call_once(self, operation: Operation[T], retry: Retry) -> T:
-        with self._engine.connect() as connection:
+        connections = self._connections
+        connection = connections.take()
+        try:
             self._require_current(connection)
             return operation(connection, retry.lost)
+        finally:
+            connections.give_back(connection)
 
     def _require_current(self, connection: Connection) -> None:
         """Check the tables' version, once: migrations within a major never take away what this code needs."""

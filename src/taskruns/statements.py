@@ -53,31 +53,40 @@ def _bind(name: str) -> Any:
     return bindparam(name, type_=_C[name].type)
 
 
-@cache
-def open_run(dialect: str, *, numbered: bool, returning: bool) -> Insert:
-    """Insert an active run and return its attempt; nothing is inserted if another run has its number, or none is left.
+_RUNNING = literal_column("'running'", type_=_C.phase.type).label("phase")
 
-    Not ``numbered``: the number is the task's last one plus one, found by the same statement.
+
+@cache
+def open_next(dialect: str) -> Insert:
+    """Insert an active run with the task's last number plus one, and return that; nothing if none is left.
+
+    Nothing is inserted either if another run takes the number meanwhile; see :func:`open_numbered`.
+    """
+    given = [_bind(name) for name in _GIVEN]
+    following = (func.coalesce(func.max(_C.attempt), literal_column("0")) + literal_column("1")).label("attempt")
+    last = select(following).where(_C.task_id == _bind("task_id")).subquery("last")
+    values = select(*given, last.c.attempt, _RUNNING).where(last.c.attempt <= literal_column(str(MAX_ATTEMPT)))
+    return _insert(dialect, values).returning(_C.attempt)
+
+
+@cache
+def open_numbered(dialect: str) -> Insert:
+    """Insert an active run; nothing is inserted if another run has its number.
+
     On MariaDB and MySQL, which lack ON CONFLICT, the taken number is an error instead.
     """
     given = [_bind(name) for name in _GIVEN]
-    running = literal_column("'running'", type_=_C.phase.type).label("phase")
-    if numbered:
-        # SQLite needs a WHERE before ON CONFLICT, to tell it from the ON of a join.
-        values = select(*given, _bind("attempt"), running).where(true())
-    else:
-        following = (func.coalesce(func.max(_C.attempt), 0) + 1).label("attempt")
-        last = select(following).where(_C.task_id == _bind("task_id")).subquery("last")
-        values = select(*given, last.c.attempt, running).where(last.c.attempt <= MAX_ATTEMPT)
+    # SQLite needs a WHERE before ON CONFLICT, to tell it from the ON of a join.
+    return _insert(dialect, select(*given, _bind("attempt"), _RUNNING).where(true()))
+
+
+def _insert(dialect: str, values: Select[Any]) -> Insert:
     columns = [*_GIVEN, "attempt", "phase"]
-    insertion: Insert
     if dialect == "postgresql":
-        insertion = postgresql.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
-    elif dialect == "sqlite":
-        insertion = sqlite.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
-    else:
-        insertion = insert(_T).from_select(columns, values)
-    return insertion.returning(_C.attempt) if returning else insertion
+        return postgresql.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
+    if dialect == "sqlite":
+        return sqlite.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
+    return insert(_T).from_select(columns, values)
 
 
 @cache
@@ -97,10 +106,10 @@ def last_attempt() -> Select[Any]:
 
 
 @cache
-def close_run(*, returning: bool) -> Update:
+def close_run() -> Update:
     """Close a run that is active, or whose outcome was only inferred."""
     finished_at = bindparam("end", type_=_C.finished_at.type)
-    closing = (
+    return (
         update(_T)
         .where(*THE_RUN, or_(_C.finished_at.is_(None), _C.recovered))
         .values(
@@ -111,7 +120,12 @@ def close_run(*, returning: bool) -> Update:
             recovered=false(),
         )
     )
-    return closing.returning(*COLUMNS) if returning else closing
+
+
+@cache
+def close_unknown() -> Update:
+    """Close a run likewise, and return it."""
+    return close_run().returning(*COLUMNS)
 
 
 @cache

@@ -8,7 +8,6 @@ import time
 import weakref
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from datetime import datetime
 from typing import Self
 
 from sqlalchemy import URL, Connection
@@ -102,7 +101,6 @@ class Supervision:
         """
         self._is_stream = self._is_stream or stream is not None
         self.attend(connection)
-        connection.commit()
         try:
             if stream is not None:
                 recovery.adopt(connection, Process.here(), self._id, stream)
@@ -122,6 +120,7 @@ class Supervision:
         if self.is_due:
             began_at = _clock()
             self.tell(connection)
+            connection.commit()
             self._beaten_at = began_at
         return self.own_number
 
@@ -153,7 +152,6 @@ class Supervision:
         ``is_certain``: its end will be told, whatever else starts meanwhile.
         """
         start = start.watched_by(self.attend(connection))
-        connection.commit()
         superseded = self.superseded_by(start)
         run = open_alone(connection, start, lost=lost, superseded=superseded)
         self.opened(run, superseded=superseded, is_certain=is_certain)
@@ -166,12 +164,13 @@ class Supervision:
 
         ``leave``: by the same transaction the own row is removed, unless it is needed for another run.
         """
+        opened = self._opened(task_id, attempt)
         try:
             if not leave:
-                run = close_alone(connection, task_id, attempt, outcome, lost=lost)
+                run = close_alone(connection, task_id, attempt, outcome, lost=lost, opened=opened)
             else:
                 with engine.transaction(connection):
-                    run = close_alone(connection, task_id, attempt, outcome, lost=lost)
+                    run = close_alone(connection, task_id, attempt, outcome, lost=lost, opened=opened)
                     is_last = self._is_last(task_id, attempt)
                     if is_last:
                         connection.execute(supervisor_statements.remove_supervisor(), {"watcher": self._id})
@@ -193,7 +192,6 @@ class Supervision:
     def write(self, connection: Connection, stream: Stream, events: Sequence[Event]) -> list[Effect]:
         """Do what events of a stream say, and watch over its runs: see :meth:`Stream.write`."""
         number = self.attend(connection)
-        connection.commit()
         effects = stream.write(connection, events, number)
         with self._lock:
             self._streams.add(stream)
@@ -209,8 +207,8 @@ class Supervision:
                 return []  # told again
             return [
                 attempt
-                for attempt, (started_at, is_certain) in watched.items()
-                if not is_certain and started_at < start.run.started_at
+                for attempt, (run, is_certain) in watched.items()
+                if not is_certain and run.started_at < start.run.started_at
             ]
 
     def opened(self, run: TaskRun, *, superseded: Collection[int] = (), is_certain: bool = False) -> None:
@@ -220,8 +218,14 @@ class Supervision:
         for attempt in superseded:
             self.closed(run.task_id, attempt)
         with self._lock:
-            self._active.setdefault(run.task_id, {})[run.attempt] = (run.started_at, is_certain)
+            self._active.setdefault(run.task_id, {})[run.attempt] = (run, is_certain)
             self._live()
+
+    def _opened(self, task_id: str, attempt: int) -> TaskRun | None:
+        """Return a run as it was opened, if it is active here."""
+        with self._lock:
+            watched = self._active.get(task_id, {}).get(attempt)
+        return None if watched is None else watched[0]
 
     def closed(self, task_id: str, attempt: int) -> None:
         """Watch over a run no more."""
@@ -358,8 +362,8 @@ class Watch:
             self._supervision.closed(task_id, attempt)
 
 
-_Watched = tuple[datetime, bool]
-"""When a run started, and whether it is certain that its end will be told."""
+_Watched = tuple[TaskRun, bool]
+"""A run as it was opened, and whether it is certain that its end will be told."""
 
 _all: weakref.WeakSet[Supervision] = weakref.WeakSet()
 

@@ -1,7 +1,7 @@
 """How a run is opened and closed on a connection: numbers, conflicts, and the order of outcomes."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from taskruns import engine, statements, supervisor_statements
 from taskruns.errors import AttemptConflictError, RunClosedError, RunExistsError, RunNotFoundError
 from taskruns.model import MAX_ATTEMPT, RANK, SUPERSEDED, Outcome, TaskRun, checked_attempt, checked_name
+from taskruns.prepared import prepared, runs_of_rows
 from taskruns.retrying import is_conflict
 
 _TRIES = 50
@@ -60,7 +61,7 @@ class Start:
 
     def watched_by(self, supervisor_id: int | None) -> "Start":
         """Return the same start of a run that this supervisor watches over."""
-        return Start(replace(self.run, supervisor_id=supervisor_id), self.numbered)
+        return self if supervisor_id is None else Start(self.run.watched_by(supervisor_id), self.numbered)
 
 
 def open_alone(connection: Connection, start: Start, *, lost: bool, superseded: Collection[int] = ()) -> TaskRun:
@@ -114,25 +115,22 @@ def open_start(connection: Connection, start: Start, *, again: bool = False) -> 
 def _try(connection: Connection, start: Start) -> TaskRun | None:
     """Open a run by one statement; None if another writer took its number at the same moment."""
     dialect = connection.dialect
-    returning = dialect.insert_returning
-    run = start.run
-    if not (returning or start.numbered):  # MySQL, and SQLite before 3.35, cannot tell which number was given
-        last = connection.scalar(statements.last_attempt(), start.parameters()) or 0
-        if last == MAX_ATTEMPT:
-            return None
-        run = replace(run, attempt=last + 1)
-    statement = statements.open_run(dialect.name, numbered=start.numbered or not returning, returning=returning)
+    run, parameters = start.run, start.parameters()
     try:
-        result = connection.execute(statement, start.parameters() | {"attempt": run.attempt})
-        if not returning and result.rowcount:
+        if not start.numbered and dialect.insert_returning:
+            given = prepared(dialect, statements.open_next, dialect.name).fetch(connection, parameters)
+            return run.numbered(given[0][0]) if given else None
+        if not start.numbered:  # MySQL, and SQLite before 3.35, cannot tell which number was given
+            last = connection.scalar(statements.last_attempt(), parameters) or 0
+            if last == MAX_ATTEMPT:
+                return None
+            run = run.numbered(last + 1)
+        parameters["attempt"] = run.attempt
+        if prepared(dialect, statements.open_numbered, dialect.name).write(connection, parameters):
             return run
-        inserted = result.all() if returning else []  # every row, as SQLite commits only then
     except IntegrityError:
         if dialect.name in ("sqlite", "postgresql"):
-            raise
-        inserted = []  # without ON CONFLICT a taken number is an error
-    if inserted:
-        return replace(run, attempt=inserted[0][0])
+            raise  # without ON CONFLICT a taken number is an error
     if not start.numbered:
         return None
     stored = _stored(connection, key_of(run.task_id, run.attempt))
@@ -147,31 +145,34 @@ def _find(connection: Connection, start: Start) -> TaskRun | None:
     return None if row is None else run_of(row)
 
 
-def close_alone(connection: Connection, task_id: str, attempt: int, outcome: Outcome, *, lost: bool) -> TaskRun:
+def close_alone(
+    connection: Connection, task_id: str, attempt: int, outcome: Outcome, *, lost: bool, opened: TaskRun | None = None
+) -> TaskRun:
     """Close a run in a transaction of its own; ``lost`` as in :func:`open_alone`."""
     try:
-        return close(connection, task_id, attempt, outcome)
+        return close(connection, task_id, attempt, outcome, opened)
     except RunClosedError as error:
         if lost and outcome.is_within(error.run):
             return error.run
         raise
 
 
-def close(connection: Connection, task_id: str, attempt: int, outcome: Outcome) -> TaskRun:
-    """Close a run, or find that it has ended in a way that says as much."""
+def close(
+    connection: Connection, task_id: str, attempt: int, outcome: Outcome, opened: TaskRun | None = None
+) -> TaskRun:
+    """Close a run, or find that it has ended in a way that says as much.
+
+    ``opened``: as it was opened, if that is known. All else that is stored of it is what the outcome says.
+    """
     key = key_of(task_id, attempt)
-    values = {"to": outcome.phase, "end": outcome.finished_at, "why": outcome.error, "code": outcome.exit_code}
-    returning = connection.dialect.update_returning
     while True:
-        result = connection.execute(statements.close_run(returning=returning), key | values)
-        rows = result.all() if returning else []
-        if rows:
-            return run_of(rows[0])
-        has_closed = not returning and result.rowcount
+        closed = _end(connection, key, outcome, opened)
+        if closed is not None:
+            return closed
         stored = _stored(connection, key)
         if stored is None:
             raise RunNotFoundError(task_id, attempt)
-        if has_closed or outcome.is_that_of(stored):
+        if outcome.is_that_of(stored):
             return stored
         if stored.is_active or stored.recovered:
             continue  # since just now
@@ -186,6 +187,18 @@ def close(connection: Connection, task_id: str, attempt: int, outcome: Outcome) 
         refined = _stored(connection, key)
         if refined is not None and refined.phase is outcome.phase:
             return refined
+
+
+def _end(connection: Connection, key: dict[str, Any], outcome: Outcome, opened: TaskRun | None) -> TaskRun | None:
+    """Close a run by one statement, and return it; None if it has ended already, or does not exist."""
+    dialect = connection.dialect
+    values = key | {"to": outcome.phase, "end": outcome.finished_at, "why": outcome.error, "code": outcome.exit_code}
+    if opened is None and dialect.update_returning:
+        rows = prepared(dialect, statements.close_unknown).fetch(connection, values)
+        return runs_of_rows(rows)[0] if rows else None
+    if not prepared(dialect, statements.close_run).write(connection, values):
+        return None
+    return _stored(connection, key) if opened is None else opened.ended(outcome)
 
 
 def _stored(connection: Connection, key: dict[str, Any]) -> TaskRun | None:
