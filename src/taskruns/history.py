@@ -6,19 +6,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from typing import Self
 
 from sqlalchemy import URL, Connection, Engine
 
 from taskruns import bulk, engine, migrate, pruning, recovery
 from taskruns.bulk import Row, RowsAdded, RunsAdded
+from taskruns.commit import Call, GroupCommit, Writer
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.liveness import STALE_AFTER, Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.pruning import Forgetting, Pruning, turns_of
-from taskruns.reader import RETRY_FOR, Reader
+from taskruns.reader import RETRY_FOR, Operation, Reader
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
 from taskruns.replay import Replayed, replay
 from taskruns.repository import TaskRunRepository
@@ -28,6 +30,7 @@ from taskruns.spool import Spool
 from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
 from taskruns.timeline import Effect
+from taskruns.url import is_in_memory
 from taskruns.writing import Start
 
 _log = logging.getLogger("taskruns")
@@ -55,6 +58,7 @@ class TaskRunHistory(Reader):
         self.retention = retention
         self.source = socket.gethostname() if source is None else source
         self._supervision = Supervision(self.url, self.source, heartbeat)
+        self._group: GroupCommit | None = None
         self._outage = Outage(None if only_reads(engine) else self.url)
 
     @classmethod
@@ -69,6 +73,7 @@ class TaskRunHistory(Reader):
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
         retention: Retention | None = None,
+        group_commit: bool = False,
     ) -> Self:
         """Return the history in a database. Nothing is opened before it is needed.
 
@@ -84,13 +89,27 @@ class TaskRunHistory(Reader):
             heartbeat: Seconds until the first sign of life of a run that was opened here and is active; others follow
                 as often, and at least every 10 s. Whoever judges by them waits for 60 s.
             retention: A policy that the history keeps up by itself, see :meth:`tidy`. None deletes nothing.
+            group_commit: Write what many threads record at the same time in one transaction. Each call returns when it
+                is durable, as without it. It costs a lone caller next to nothing, and has no effect in memory.
 
         Raises:
             ValueError: the URL is not that of a supported database.
             ModuleNotFoundError: its driver is not installed; the message names the extra that brings it.
         """
         own = engine.create(url, read_only=read_only, lock_timeout=lock_timeout)
-        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention)
+        history = cls(
+            own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention
+        )
+        if group_commit and not (read_only or is_in_memory(history.url)):
+            url = history.url
+            history._group = GroupCommit(Writer(url, history._supervision, lock_timeout=lock_timeout))
+        return history
+
+    def dispose(self) -> None:
+        """Close the idle connections. A later call opens new ones."""
+        if self._group is not None:
+            self._group.dispose()
+        super().dispose()
 
     def upgrade(self) -> None:
         """Create the tables, or bring them to this version."""
@@ -151,9 +170,13 @@ class TaskRunHistory(Reader):
         supervision = self._supervision
         if supervision.is_due:
             self._register()
-        return self._call(
-            lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain)
+        return self._write(
+            Call(start.run.task_id, start, is_certain),
+            lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain),
         )
+
+    def _write(self, call: Call, operation: Operation[TaskRun]) -> TaskRun:
+        return self._call(operation, first=None if self._group is None else partial(self._group.write, call))
 
     def _register(self, *, stream: str | None = None) -> None:
         """Register, or beat, if that is due."""
@@ -180,10 +203,14 @@ class TaskRunHistory(Reader):
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
 
         supervision = self._supervision
-        run = self._call(
-            lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
-        )
-        if self.retention is not None and not leave and is_turn(attempt):
+
+        def close(connection: Connection, lost: bool) -> TaskRun:  # noqa: FBT001  (as in Operation)
+            return supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
+
+        if leave:
+            return self._call(close)
+        run = self._write(Call(task_id, attempt=attempt, outcome=outcome), close)
+        if self.retention is not None and is_turn(attempt):
             self.tidy(task_id)
         return run
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Dialect, Insert, Select, Update
+from sqlalchemy import Connection, Dialect, Insert, Select, TextClause, Update
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 
 from taskruns import engine
@@ -22,7 +22,7 @@ _log = logging.getLogger("sqlalchemy.engine.Engine")
 
 T = TypeVar("T")
 
-Statement = Select[Any] | Insert | Update
+Statement = Select[Any] | Insert | Update | TextClause
 """What is prepared: it has its parameters' types, and stands for all its values."""
 
 PHASES = {phase.value: phase for phase in TaskPhase}
@@ -101,8 +101,9 @@ def _all_rows(cursor: Any) -> Any:
     return cursor.fetchall()
 
 
-def _row_count(cursor: Any) -> Any:
-    return cursor.rowcount
+def _row_count(cursor: Any) -> int:
+    found: int = cursor.rowcount
+    return found
 
 
 def prepared(dialect: Dialect, build: Callable[..., Statement], *arguments: Any) -> Prepared:

@@ -214,10 +214,12 @@ class Reader:
     def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
         return self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
-    def _call(self, operation: Operation[T]) -> T:
+    def _call(self, operation: Operation[T], *, first: Callable[[], T | None] | None = None) -> T:
+        """Do an operation, again where that may help; ``first`` is another way, which may lead to nothing."""
         retry = Retry(self._retry_for, self.on_retry)
         try:
-            return self._call_once(operation, retry)
+            found = None if first is None else first()
+            return self._call_once(operation, retry) if found is None else found
         except Exception as error:
             if not retry.is_worth_it(error):
                 raise

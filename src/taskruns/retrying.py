@@ -10,7 +10,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 _CONFLICT_SQLSTATES = {"40001", "40P01"}
 _TRANSIENT_SQLSTATES = {*_CONFLICT_SQLSTATES, "53300", "55P03", "57P01", "57P02", "57P03"}
 _CONFLICT_MYSQL_ERRORS = {1020, 1213}
-_TRANSIENT_MYSQL_ERRORS = {*_CONFLICT_MYSQL_ERRORS, 1205, 1040, 1053, 1927, 2002, 2003, 2006, 2013}
+_LOCK_WAIT = 1205
+_TRANSIENT_MYSQL_ERRORS = {*_CONFLICT_MYSQL_ERRORS, _LOCK_WAIT, 1040, 1053, 1927, 2002, 2003, 2006, 2013}
 
 OnRetry = Callable[[BaseException], None]
 """What is told of an error after which a call is tried again."""
@@ -34,6 +35,12 @@ def is_refusal(error: BaseException) -> bool:
         unreached = state is None and isinstance(error, OperationalError)
         return unreached or (state is not None and (state in _TRANSIENT_SQLSTATES or state.startswith("08")))
     return _mysql_number(cause) in _TRANSIENT_MYSQL_ERRORS
+
+
+def is_held_up(error: BaseException) -> bool:
+    """Whether it waited too long for what another writer has locked, or they met in a deadlock; not on SQLite."""
+    cause: Any = getattr(error, "orig", None)
+    return is_conflict(error) or getattr(cause, "sqlstate", None) == "55P03" or _mysql_number(cause) == _LOCK_WAIT
 
 
 def is_conflict(error: BaseException) -> bool:

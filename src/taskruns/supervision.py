@@ -164,7 +164,7 @@ class Supervision:
 
         ``leave``: by the same transaction the own row is removed, unless it is needed for another run.
         """
-        opened = self._opened(task_id, attempt)
+        opened = self.as_opened(task_id, attempt)
         try:
             if not leave:
                 run = close_alone(connection, task_id, attempt, outcome, lost=lost, opened=opened)
@@ -221,7 +221,7 @@ class Supervision:
             self._active.setdefault(run.task_id, {})[run.attempt] = (run, is_certain)
             self._live()
 
-    def _opened(self, task_id: str, attempt: int) -> TaskRun | None:
+    def as_opened(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run as it was opened, if it is active here."""
         with self._lock:
             watched = self._active.get(task_id, {}).get(attempt)

@@ -6,22 +6,25 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Self
 
 from sqlalchemy import URL, Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from taskruns import bulk, engine, migrate, pruning, recovery
+from taskruns.aio.commit import AsyncGroupCommit
 from taskruns.aio.reader import AsyncReader
 from taskruns.aio.repository import AsyncTaskRunRepository
 from taskruns.bulk import Row, RowsAdded, RunsAdded
+from taskruns.commit import Call, Writer
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.liveness import STALE_AFTER, Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.pruning import Forgetting, Pruning, turns_of
-from taskruns.reader import RETRY_FOR
+from taskruns.reader import RETRY_FOR, Operation
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
 from taskruns.replay import Replayed, replay
 from taskruns.retention import Retention, is_turn
@@ -30,7 +33,7 @@ from taskruns.spool import Spool
 from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
 from taskruns.timeline import Effect
-from taskruns.url import ASYNC_DRIVERS, parse_url, with_sync_driver
+from taskruns.url import ASYNC_DRIVERS, is_in_memory, parse_url, with_sync_driver
 from taskruns.writing import Start
 
 _log = logging.getLogger("taskruns")
@@ -54,6 +57,7 @@ class AsyncTaskRunHistory(AsyncReader):
         self.retention = retention
         self.source = socket.gethostname() if source is None else source
         self._supervision = Supervision(self.url, self.source, heartbeat)
+        self._group: AsyncGroupCommit | None = None
         self._outage = Outage(None if only_reads(engine.sync_engine) else self.url)
 
     @classmethod
@@ -68,6 +72,7 @@ class AsyncTaskRunHistory(AsyncReader):
         on_retry: OnRetry | None = None,
         heartbeat: float = HEARTBEAT,
         retention: Retention | None = None,
+        group_commit: bool = False,
     ) -> Self:
         """Return the history in a database: see :meth:`taskruns.TaskRunHistory.connect`. Not awaited."""
         parsed = parse_url(url, drivers=ASYNC_DRIVERS)
@@ -75,7 +80,19 @@ class AsyncTaskRunHistory(AsyncReader):
         with engine.checked_options(parsed):
             own = create_async_engine(options.pop("url"), **options)
         engine.equipped(own.sync_engine, parsed, read_only=read_only, lock_timeout=lock_timeout)
-        return cls(own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention)
+        history = cls(
+            own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention
+        )
+        if group_commit and not (read_only or is_in_memory(history.url)):
+            url = with_sync_driver(history.url)
+            history._group = AsyncGroupCommit(Writer(url, history._supervision, lock_timeout=lock_timeout))
+        return history
+
+    async def dispose(self) -> None:
+        """Close the idle connections. A later call opens new ones."""
+        if self._group is not None:
+            await self._group.dispose()
+        await super().dispose()
 
     async def upgrade(self) -> None:
         """Create the tables, or bring them to this version."""
@@ -132,11 +149,16 @@ class AsyncTaskRunHistory(AsyncReader):
         return await self._open(start, is_certain=False)
 
     async def _open(self, start: Start, *, is_certain: bool) -> TaskRun:
-        await self._register()
         supervision = self._supervision
-        return await self._call(
-            lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain)
+        if supervision.is_due:
+            await self._register()
+        return await self._write(
+            Call(start.run.task_id, start, is_certain),
+            lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain),
         )
+
+    async def _write(self, call: Call, operation: Operation[TaskRun]) -> TaskRun:
+        return await self._call(operation, first=None if self._group is None else partial(self._group.write, call))
 
     async def _register(self, *, stream: str | None = None) -> None:
         if self._supervision.is_new:
@@ -159,10 +181,14 @@ class AsyncTaskRunHistory(AsyncReader):
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
 
         supervision = self._supervision
-        run = await self._call(
-            lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
-        )
-        if self.retention is not None and not leave and is_turn(attempt):
+
+        def close(connection: Connection, lost: bool) -> TaskRun:  # noqa: FBT001  (as in Operation)
+            return supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
+
+        if leave:
+            return await self._call(close)
+        run = await self._write(Call(task_id, attempt=attempt, outcome=outcome), close)
+        if self.retention is not None and is_turn(attempt):
             await self.tidy(task_id)
         return run
 

@@ -1,7 +1,7 @@
 """What a history answers, for asyncio."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, timedelta, tzinfo
 from functools import partial
 from typing import Self, TypeVar
@@ -207,10 +207,12 @@ class AsyncReader:
     async def _ask(self, question: Callable[[TaskRunRepository], T]) -> T:
         return await self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
-    async def _call(self, operation: Operation[T]) -> T:
+    async def _call(self, operation: Operation[T], *, first: Callable[[], Awaitable[T | None]] | None = None) -> T:
+        """Do an operation, again where that may help; ``first`` is another way, which may lead to nothing."""
         retry = Retry(self._retry_for, self.on_retry)
         try:
-            return await self._call_once(operation, retry)
+            found = None if first is None else await first()
+            return await self._call_once(operation, retry) if found is None else found
         except Exception as error:
             if not retry.is_worth_it(error):
                 raise

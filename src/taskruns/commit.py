@@ -1,0 +1,232 @@
+"""Group commit: what callers want written at the same time is written by one transaction.
+
+As in the logs of databases, one of the callers leads, and the others follow. Who comes while nobody writes is the
+leader, and writes what has come by then; those that come meanwhile are the next batch. There is no timer: a lone caller
+waits for nobody.
+"""
+
+import os
+import threading
+import weakref
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import URL, Connection
+from sqlalchemy.exc import NotSupportedError, ProgrammingError
+
+from taskruns import engine
+from taskruns.batches import Batch
+from taskruns.connections import Connections
+from taskruns.errors import TaskRunsError
+from taskruns.model import Outcome, TaskRun
+from taskruns.retrying import is_held_up, is_lost, is_refusal
+from taskruns.supervision import Supervision
+from taskruns.writing import Start
+
+MOST_AT_ONCE = 512
+"""Calls that one transaction writes, at most."""
+
+MOST_WAITING = 4096
+"""Calls that may be written or wait for it; further callers wait until there is room."""
+
+_HOLDUP = 1.0
+"""Seconds that a batch waits for a row that somebody else has locked; then its callers wait each for their own."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What a caller wants written: a start, or how a run has ended.
+
+    What becomes of it is a run or an error; where it is neither, the caller has to see to it without the others.
+    """
+
+    task_id: str
+    start: Start | None = None
+    is_certain: bool = False
+    attempt: int = 0
+    outcome: Outcome | None = None
+    run: TaskRun | None = None
+    error: Exception | None = None
+    wake: Any = None  # how to tell the caller that it is written
+
+    def result(self) -> TaskRun | None:
+        """Return the run, or None if there is neither a run nor an error."""
+        if self.error is not None:
+            raise self.error
+        return self.run
+
+
+class Writer:
+    """Writes the calls of a history, through connections of its own."""
+
+    def __init__(self, url: URL, supervision: Supervision, *, lock_timeout: float) -> None:
+        # SQLite has one lock, and whom it holds up is held up in a batch or without.
+        wait = lock_timeout if url.get_backend_name() == "sqlite" else min(lock_timeout, _HOLDUP)
+        self._connections = Connections(engine.create(url, lock_timeout=wait))
+        self._supervision = supervision
+        self._is_able = True
+
+    def dispose(self) -> None:
+        """Close the idle connections."""
+        self._connections.dispose()
+
+    def write(self, calls: list[Call]) -> None:
+        """Write calls of different tasks, and note in each what has become of it."""
+        try:
+            with self._connections.one() as connection:
+                # MySQL, and SQLite before 3.35, cannot tell which numbers were given.
+                self._is_able = self._is_able and connection.dialect.insert_returning
+                if len(calls) == 1:
+                    self._write_one(connection, calls[0])
+                elif self._is_able:
+                    self._write_all(connection, calls)
+        except (ProgrammingError, NotSupportedError):
+            self._is_able = False  # the server is too old, or distributed
+        except Exception as error:  # noqa: BLE001  (it is the callers', each of whom raises it, or finds it again)
+            # Where it may be one call's fault, or it is somebody's lock, each finds out without the others.
+            if is_lost(error) or (is_refusal(error) and not is_held_up(error)):
+                _fail(calls, error)
+        except BaseException:
+            _fail(calls, ConnectionAbortedError("the thread that was writing was interrupted"))
+            raise
+
+    def _write_one(self, connection: Connection, call: Call) -> None:
+        supervision = self._supervision
+        try:
+            if call.start is not None:
+                call.run = supervision.open(connection, call.start, lost=False, is_certain=call.is_certain)
+            elif call.outcome is not None:
+                call.run = supervision.close(
+                    connection, call.task_id, call.attempt, call.outcome, lost=False, leave=False
+                )
+        except TaskRunsError as error:
+            call.error = error
+
+    def _write_all(self, connection: Connection, calls: list[Call]) -> None:
+        supervision, batch = self._supervision, Batch()
+        number = supervision.attend(connection)
+        opening: list[tuple[Call, TaskRun]] = []
+        closing: list[tuple[Call, TaskRun, Outcome]] = []
+        for call in calls:
+            if call.start is not None:
+                if not supervision.superseded_by(call.start):
+                    start = call.start.watched_by(number)
+                    batch.starts.append(start)
+                    opening.append((call, start.run))
+            elif call.outcome is not None:
+                run = supervision.as_opened(call.task_id, call.attempt)
+                if run is not None:
+                    batch.ends.append((run, call.outcome))
+                    closing.append((call, run, call.outcome))
+        opened, closed = batch.write(connection)
+        for call, run in opening:
+            attempt = opened.get(call.task_id)
+            if attempt is not None:
+                call.run = run.numbered(attempt)
+                supervision.opened(call.run, is_certain=call.is_certain)
+        for call, run, outcome in closing:
+            if (call.task_id, call.attempt) in closed:
+                call.run = run.ended(outcome)
+                supervision.closed(call.task_id, call.attempt)
+
+
+def _fail(calls: list[Call], error: Exception) -> None:
+    for call in calls:
+        if call.run is None and call.error is None:
+            call.error = error
+
+
+def take(pending: deque[Call]) -> list[Call]:
+    """Take the next batch: at most one call of a task, so that those of a task stay in their order."""
+    batch: list[Call] = []
+    left: list[Call] = []
+    tasks: set[str] = set()
+    for _ in range(min(len(pending), MOST_AT_ONCE)):
+        call = pending.popleft()
+        if call.task_id in tasks:
+            left.append(call)
+        else:
+            tasks.add(call.task_id)
+            batch.append(call)
+    pending.extendleft(reversed(left))
+    return batch
+
+
+class GroupCommit:
+    """Has the calls of many threads written together, by one of them at a time."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.begin_anew()
+        _all.add(self)
+
+    def begin_anew(self) -> None:
+        """Forget the callers: in a forked child they do not exist."""
+        self._room = threading.BoundedSemaphore(MOST_WAITING)
+        self._lock = threading.Lock()
+        self._pending: deque[Call] = deque()
+        self._leader: Call | None = None
+        self._batch: list[Call] = []
+
+    def dispose(self) -> None:
+        """Close the idle connections. What is being written goes on: its callers are waiting for it."""
+        self.writer.dispose()
+
+    def write(self, call: Call) -> TaskRun | None:
+        """Have a call written, and return its run when it is durable; None if it has to be written without the others.
+
+        Raises:
+            TaskRunsError: it cannot be done.
+            SQLAlchemyError: it may, or may not, have been written.
+        """
+        call.wake = threading.Lock()
+        call.wake.acquire()
+        with self._room:
+            try:
+                with self._lock:
+                    self._pending.append(call)
+                    if self._leader is None:
+                        self._leader = call
+                if self._leader is not call:
+                    call.wake.acquire()  # until it is written, or has to lead
+                if self._leader is call:
+                    self._lead(call)
+            except BaseException:  # an interrupt, at whatever moment: the others must go on
+                with self._lock, suppress(ValueError):
+                    self._pending.remove(call)
+                self._retire(call)
+                raise
+        return call.result()
+
+    def _lead(self, leader: Call) -> None:
+        with self._lock:
+            self._batch = take(self._pending)
+        self.writer.write(self._batch)
+        self._retire(leader)
+
+    def _retire(self, leader: Call) -> None:
+        """Tell the followers, and leave the lead to the next one, if this caller has it."""
+        if self._leader is not leader:
+            return
+        batch, self._batch = self._batch, []
+        with self._lock:
+            self._leader = self._pending[0] if self._pending else None
+            if self._leader is not None:
+                batch.append(self._leader)
+        for call in batch:
+            if call is not leader:
+                call.wake.release()
+
+
+_all: weakref.WeakSet[GroupCommit] = weakref.WeakSet()
+
+
+def _begin_anew() -> None:
+    for group in list(_all):
+        group.begin_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
