@@ -123,8 +123,8 @@ def interleaved(cases: dict[str, Callable[[], Sample]], repeats: int) -> tuple[d
 
 def print_table(title: str, taken: dict[str, list[Sample]], reference: Callable[[str], str]) -> None:
     """Print the rates, the ratios to what each refers to, and the latencies of one call."""
-    print(f"\n| {title:44} | pairs/s | ratio min / median / max | p50 ms | p99 ms | longest ms |")
-    print(f"|{'-' * 46}|--------:|-------------------------:|-------:|-------:|-----------:|")
+    print(f"\n| {title:44} | pairs/s | ratio min / median / max | p50 ms |   p99 ms | longest ms |")
+    print(f"|{'-' * 46}|--------:|-------------------------:|-------:|---------:|-----------:|")
     for name, samples in taken.items():
         ratio = "-"
         to = reference(name)
@@ -133,7 +133,7 @@ def print_table(title: str, taken: dict[str, list[Sample]], reference: Callable[
             ratio = f"{min(found):.2f} / {statistics.median(found):.2f} / {max(found):.2f}"
         rate, p50, p99 = (statistics.median(getattr(one, what) for one in samples) for what in ("rate", "p50", "p99"))
         longest = max(sample.longest for sample in samples)
-        print(f"| {name:44} | {rate:7,.0f} | {ratio:>24} | {p50:6.2f} | {p99:6.2f} | {longest:10,.0f} |", flush=True)
+        print(f"| {name:44} | {rate:7,.0f} | {ratio:>24} | {p50:6.2f} | {p99:8.2f} | {longest:10,.0f} |", flush=True)
 
 
 def measure(database: Database, shape: str, options: argparse.Namespace) -> tuple[dict[str, list[Sample]], bool]:

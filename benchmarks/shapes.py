@@ -22,6 +22,8 @@ NAMES = [f"shop:import-{number:08}" for number in range(200)]
 ONE_NAME = NAMES[:1]
 WARM_UP = 7
 """Pairs of each caller before the clock starts: by then psycopg has prepared its statements."""
+RAMP = 0.2
+"""The part of a sample's time for which all record already before it begins, as they do not end their pairs at once."""
 
 _clock = time.perf_counter
 
@@ -36,14 +38,15 @@ class Sample:
     longest: float
 
     @classmethod
-    def of(cls, pairs: int, seconds: float, latencies: Sequence[float]) -> "Sample":
+    def of(cls, tallies: "Sequence[_Tally]", seconds: float) -> "Sample":
         """Return what some callers had together."""
-        ranked = sorted(latencies)
+        ranked = sorted(latency for tally in tallies for latency in tally.latencies)
 
         def rank(part: float) -> float:
             return 1e3 * ranked[max(0, math.ceil(part * len(ranked)) - 1)]
 
-        return cls(pairs / seconds, rank(0.5), rank(0.99), rank(1))
+        # Where the disk stood still all the time it is one, so that there is a ratio.
+        return cls(max(1, sum(tally.pairs for tally in tallies)) / seconds, rank(0.5), rank(0.99), rank(1))
 
 
 class Contender:
@@ -83,51 +86,68 @@ def _started(contender: Contender) -> Iterator[None]:
         contender.stop()
 
 
-def _record(contender: Contender, caller: Any, names: Iterator[str], deadline: float, latencies: list[float]) -> int:
-    """Record until the deadline, and return how many pairs had been stored by then."""
-    pairs = 0
-    while True:
-        name = next(names)
-        begun = _clock()
-        attempt = caller.open(name)
-        opened = _clock()
-        caller.close(name, attempt)
-        closed = _clock()
-        if not contender.pair_is_one_call:
-            latencies.append(opened - begun)
-        latencies.append(closed - opened)
-        if closed > deadline:
-            return pairs
-        pairs += 1
+class _Tally:
+    """What one caller has stored in the time of a sample."""
+
+    def __init__(self, contender: Contender, seconds: float) -> None:
+        self._is_one_call = contender.pair_is_one_call
+        self._begins = _clock() + RAMP * seconds
+        self._ends = self._begins + seconds
+        self.pairs = 0
+        self.latencies: list[float] = []
+
+    def add(self, begun: float, opened: float, closed: float) -> bool:
+        """Count a pair, and return whether there is time for another."""
+        if closed > self._begins:
+            self.latencies.append(closed - opened)
+            if not self._is_one_call:
+                self.latencies.append(opened - begun)
+            self.pairs += closed <= self._ends
+        return closed <= self._ends
+
+    def record(self, caller: Any, names: Iterator[str]) -> None:
+        """Record until the end."""
+        has_time = True
+        while has_time:
+            name = next(names)
+            begun = _clock()
+            attempt = caller.open(name)
+            opened = _clock()
+            caller.close(name, attempt)
+            has_time = self.add(begun, opened, _clock())
+
+    async def record_async(self, caller: Any, names: Iterator[str]) -> None:
+        """Record until the end."""
+        has_time = True
+        while has_time:
+            name = next(names)
+            begun = _clock()
+            attempt = await caller.open(name)
+            opened = _clock()
+            await caller.close(name, attempt)
+            has_time = self.add(begun, opened, _clock())
 
 
-def _warm_up(caller: Any, names: Iterator[str]) -> None:
-    for name in islice(names, WARM_UP):
+def _warm_up(caller: Any, names: Iterator[str], pairs: int = WARM_UP) -> None:
+    for name in islice(names, pairs):
         caller.close(name, caller.open(name))
 
 
-def one_thread(contender: Contender, seconds: float, names: Sequence[str] = NAMES) -> Sample:
+def one_thread(contender: Contender, seconds: float, names: Sequence[str] = NAMES, *, warm_up: int = WARM_UP) -> Sample:
     """Record in this thread."""
     with _started(contender):
         caller, turns = contender.caller(), cycle(names)
-        _warm_up(caller, turns)
-        latencies: list[float] = []
-        pairs = _record(contender, caller, turns, _clock() + seconds, latencies)
-    return Sample.of(pairs, seconds, latencies)
+        _warm_up(caller, turns, warm_up)
+        tally = _Tally(contender, seconds)
+        tally.record(caller, turns)
+    return Sample.of([tally], seconds)
 
 
 def threads(contender: Contender, seconds: float, names: Sequence[str] = NAMES) -> Sample:
     """Record in threads of this process, which rarely meet on one task unless there is only one."""
-    pairs = [0] * THREADS
-    latencies: list[list[float]] = [[] for _ in range(THREADS)]
+    tallies: list[_Tally] = []
     failed: list[Exception] = []
-    deadline = math.inf
-
-    def begin() -> None:
-        nonlocal deadline
-        deadline = _clock() + seconds
-
-    ready = threading.Barrier(THREADS, begin)
+    ready = threading.Barrier(THREADS, lambda: tallies.extend(_Tally(contender, seconds) for _ in range(THREADS)))
 
     def work(number: int) -> None:
         turns = cycle(names[number::THREADS] or names)
@@ -135,7 +155,7 @@ def threads(contender: Contender, seconds: float, names: Sequence[str] = NAMES) 
             caller = contender.caller()
             _warm_up(caller, turns)
             ready.wait()
-            pairs[number] = _record(contender, caller, turns, deadline, latencies[number])
+            tallies[number].record(caller, turns)
         except threading.BrokenBarrierError:
             pass
         except Exception as error:  # noqa: BLE001  (raised below)
@@ -150,7 +170,7 @@ def threads(contender: Contender, seconds: float, names: Sequence[str] = NAMES) 
             worker.join()
     if failed:
         raise failed[0]
-    return Sample.of(sum(pairs), seconds, [latency for own in latencies for latency in own])
+    return Sample.of(tallies, seconds)
 
 
 def threads_on_one_name(contender: Contender, seconds: float) -> Sample:
@@ -185,37 +205,23 @@ class _Pooled:
 
 
 async def _tasks(contender: Contender, seconds: float) -> Sample:
-    latencies: list[float] = []
     names = [cycle(NAMES[number::TASKS]) for number in range(TASKS)]
     contender.start()
     with ThreadPoolExecutor(THREADS) as pool:
         caller: Any = contender.caller() if contender.is_async else _Pooled(contender, pool)
 
-        async def warm_up(number: int) -> None:
-            for name in islice(names[number], WARM_UP):
+        async def warm_up(turns: Iterator[str]) -> None:
+            for name in islice(turns, WARM_UP):
                 await caller.close(name, await caller.open(name))
 
-        async def work(number: int) -> int:
-            pairs = 0
-            while True:
-                name = next(names[number])
-                begun = _clock()
-                attempt = await caller.open(name)
-                opened = _clock()
-                await caller.close(name, attempt)
-                closed = _clock()
-                latencies.extend([opened - begun, closed - opened])
-                if closed > deadline:
-                    return pairs
-                pairs += 1
-
         try:
-            await asyncio.gather(*map(warm_up, range(TASKS)))
-            deadline = _clock() + seconds
-            pairs = sum(await asyncio.gather(*map(work, range(TASKS))))
+            await asyncio.gather(*map(warm_up, names))
+            tallies = [_Tally(contender, seconds) for _ in range(TASKS)]
+            both = zip(tallies, names, strict=True)
+            await asyncio.gather(*(tally.record_async(caller, turns) for tally, turns in both))
         finally:
             await caller.leave() if contender.is_async else contender.stop()
-    return Sample.of(pairs, seconds, latencies)
+    return Sample.of(tallies, seconds)
 
 
 def processes(contender: Contender, seconds: float) -> Sample:
@@ -231,13 +237,13 @@ def processes(contender: Contender, seconds: float) -> Sample:
         receivers.append(receiver)
         workers.append(worker)
     try:
-        found: list[tuple[int, list[float]]] = [receiver.recv() for receiver in receivers]
+        tallies: list[_Tally] = [receiver.recv() for receiver in receivers]
     except EOFError:
         raise RuntimeError(f"{contender.name}: a process failed") from None
     finally:
         for worker in workers:
             worker.join()
-    return Sample.of(sum(pairs for pairs, _ in found), seconds, [one for _, own in found for one in own])
+    return Sample.of(tallies, seconds)
 
 
 def _process(contender: Contender, seconds: float, names: list[str], ready: Barrier, sender: Connection) -> None:
@@ -246,9 +252,9 @@ def _process(contender: Contender, seconds: float, names: list[str], ready: Barr
             caller, turns = contender.caller(), cycle(names)
             _warm_up(caller, turns)
             ready.wait()
-            latencies: list[float] = []
-            pairs = _record(contender, caller, turns, _clock() + seconds, latencies)
-        sender.send((pairs, latencies))
+            tally = _Tally(contender, seconds)
+            tally.record(caller, turns)
+        sender.send(tally)
     except BaseException:
         ready.abort()
         raise
