@@ -221,7 +221,7 @@ def main() -> None:
         print("\nThe disk as it is", flush=True)
     taken, is_well = measure_all(options)
     if not options.is_slow:
-        print_targets(taken)
+        print_targets(taken, growth.suffix_of(options.growth_rows))
     sys.exit(not (all_well and is_well))
 
 

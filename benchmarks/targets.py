@@ -49,8 +49,8 @@ def _line(case: str, target: str, measured: float | None, *, is_met: bool) -> st
     return f"{case:70} {target:>8} {shown:>9}  {verdict}"
 
 
-def print_targets(taken: Taken) -> None:
-    """Print a line for each target."""
+def print_targets(taken: Taken, large_suffix: str) -> None:
+    """Print a line for each target; the suffix is what tells a contender in a large table."""
     print(f"\n{'targets':70} {'target':>8} {'median':>9}")
     for target in TARGETS:
         for database, at_least in target.at_least.items():
@@ -65,10 +65,7 @@ def print_targets(taken: Taken) -> None:
             case = f"{database}, {TITLES[target.shape]}: {target.contender} / {title}"
             print(_line(case, f">= {at_least:g}", found, is_met=found is not None and found >= at_least))
     for database in (SQLITE, POSTGRESQL):
-        of = {
-            name: samples for (where, shape, name), samples in taken.items() if (where, shape) == (database, "growth")
-        }
-        large = [samples for name, samples in of.items() if name.startswith(f"{PLAIN}, ") and name.endswith(" runs")]
-        times = 1 / median(ratios(large[0], of[PLAIN])) if large else None
+        empty, large = (taken.get((database, "growth", name)) for name in (PLAIN, f"{PLAIN}{large_suffix}"))
+        times = 1 / median(ratios(large, empty)) if empty and large else None
         case = f"{database}: time of a pair in a large table / in an empty one"
         print(_line(case, f"<= {MOST_GROWTH}", times, is_met=times is not None and times <= MOST_GROWTH))
