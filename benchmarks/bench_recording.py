@@ -34,7 +34,8 @@ from contenders import Raw, Taskruns, TaskrunsGrouped, has_group_commit, of_shap
 from databases import Database, server_database, sqlite_databases
 from peers import Celery, Dbos, Luigi
 from shapes import SHAPES, TITLES, Contender, Sample
-from targets import RAW, Taken, print_targets, ratios
+from tables import RAW, Taken, print_summary, print_table
+from targets import print_targets
 
 from taskruns import TaskRunHistory
 
@@ -121,21 +122,6 @@ def interleaved(cases: dict[str, Callable[[], Sample]], repeats: int) -> tuple[d
     return taken, len(taken) == len(cases)
 
 
-def print_table(title: str, taken: dict[str, list[Sample]], reference: Callable[[str], str]) -> None:
-    """Print the rates, the ratios to what each refers to, and the latencies of one call."""
-    print(f"\n| {title:44} | pairs/s | ratio min / median / max | p50 ms |   p99 ms | longest ms |")
-    print(f"|{'-' * 46}|--------:|-------------------------:|-------:|---------:|-----------:|")
-    for name, samples in taken.items():
-        ratio = "-"
-        to = reference(name)
-        if to in taken and to != name:
-            found = ratios(samples, taken[to])
-            ratio = f"{min(found):.2f} / {statistics.median(found):.2f} / {max(found):.2f}"
-        rate, p50, p99 = (statistics.median(getattr(one, what) for one in samples) for what in ("rate", "p50", "p99"))
-        longest = max(sample.longest for sample in samples)
-        print(f"| {name:44} | {rate:7,.0f} | {ratio:>24} | {p50:6.2f} | {p99:8.2f} | {longest:10,.0f} |", flush=True)
-
-
 def measure(database: Database, shape: str, options: argparse.Namespace) -> tuple[dict[str, list[Sample]], bool]:
     """Measure one shape on one database, print it, and return it, and whether all went well."""
     ours: list[Callable[[], Contender]] = [partial(kind, database) for kind in of_shape(shape)]
@@ -220,6 +206,7 @@ def main() -> None:
         all_well = measure_slowly(options, sys.argv[1:])
         print("\nThe disk as it is", flush=True)
     taken, is_well = measure_all(options)
+    print_summary(taken)
     if not options.is_slow:
         print_targets(taken, growth.suffix_of(options.growth_rows))
     sys.exit(not (all_well and is_well))

@@ -1,21 +1,10 @@
 """What bench_recording.py is to show: medians of ratios measured side by side, and whether they are reached."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from shapes import TITLES, Sample
-
-Taken = dict[tuple[str, str, str], list[Sample]]
-"""The samples by database, shape and contender, in the order of the repeats."""
-
-RAW = "raw "
-"""How the names of the drivers begin."""
-
-
-def ratios(of: Sequence[Sample], to: Sequence[Sample]) -> list[float]:
-    """Return the ratios of what was measured in the same repeat."""
-    return [one.rate / other.rate for one, other in zip(of, to, strict=True)]
+from shapes import TITLES
+from tables import RAW, Taken, ratios
 
 
 @dataclass(frozen=True)
