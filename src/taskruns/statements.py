@@ -6,6 +6,7 @@ Those of the write path take their values as bound parameters, so each is built 
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from sqlalchemy import (
@@ -13,6 +14,7 @@ from sqlalchemy import (
     Insert,
     Integer,
     Select,
+    Table,
     Update,
     and_,
     bindparam,
@@ -28,7 +30,6 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from taskruns.model import MAX_ATTEMPT, TaskPhase
 from taskruns.schema import UTCDateTime, task_runs
@@ -46,6 +47,14 @@ THE_RUN = (
     _C.task_id == bindparam("of_task", type_=_C.task_id.type),
     _C.attempt == bindparam("of_attempt", type_=_C.attempt.type),
 )
+
+
+def own_insert(dialect: str, table: Table) -> Any:
+    """Return an INSERT that can do what only those of this database can.
+
+    Just the dialect in use is loaded: the others take longer than the start of a run.
+    """
+    return import_module(f"sqlalchemy.dialects.{'mysql' if dialect == 'mariadb' else dialect}").insert(table)
 
 
 def _bind(name: str) -> Any:
@@ -82,11 +91,12 @@ def open_numbered(dialect: str) -> Insert:
 
 def _insert(dialect: str, values: Select[Any]) -> Insert:
     columns = [*_GIVEN, "attempt", "phase"]
-    if dialect == "postgresql":
-        return postgresql.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
-    if dialect == "sqlite":
-        return sqlite.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
-    return insert(_T).from_select(columns, values)
+    insertion: Insert
+    if dialect in ("sqlite", "postgresql"):
+        insertion = own_insert(dialect, _T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
+    else:
+        insertion = insert(_T).from_select(columns, values)
+    return insertion
 
 
 @cache
