@@ -19,9 +19,11 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from pymysql.constants import CLIENT
 from sqlalchemy import Column, Connection, Executable, MetaData, PrimaryKeyConstraint, Table, false, make_url, text
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory, statements
@@ -74,12 +76,9 @@ def plain(name: str, columns: Sequence[str]) -> Table:
     return Table(name, MetaData(naming_convention=metadata.naming_convention), *copies, key, **options)
 
 
-EVENTS = """
-    SELECT started_at AS moment, 0 AS is_end, task_id, attempt, phase, error, exit_code, source FROM story
-    WHERE started_at >= '{low}' AND started_at < '{high}'
-    UNION ALL SELECT finished_at, 1, task_id, attempt, phase, error, exit_code, source FROM story
-    WHERE finished_at >= '{low}' AND finished_at < '{high}' ORDER BY moment
-"""
+_OF = "task_id, attempt, phase, error, exit_code, source FROM story"
+STARTS = f"SELECT started_at AS moment, 0 AS is_end, {_OF} WHERE '{{low}}' <= started_at AND started_at < '{{high}}'"
+ENDS = f"SELECT finished_at AS moment, 1 AS is_end, {_OF} WHERE '{{low}}' <= finished_at AND finished_at < '{{high}}'"
 
 VALUES = {
     "task_id": "task_id",
@@ -97,38 +96,54 @@ VALUES = {
 CONSTANTS = {"submission": "NULL", "source_attempt": "NULL", "supervisor_id": str(0x3A5C_71D2_9E46_08B3)}
 
 
-def spelled(connection: Connection, statement: Executable, table: str, mark: str) -> str:
-    """Return a statement about ``table`` whose parameters are fields of an event, each with ``mark`` before it."""
+def spelled(connection: Connection, statement: Executable, table: str) -> str:
+    """Return a statement about ``table`` whose parameters are fields of an event."""
     compiled: Any = statement.compile(dialect=type(connection.dialect)(paramstyle="pyformat"))  # type: ignore[attr-defined]  # all are compiled
     constants = {name: str(value) for name, value in compiled.params.items()} | CONSTANTS
 
     def value(found: re.Match[str]) -> str:
-        return mark + VALUES[found[1]] if found[1] in VALUES else constants[found[1]]
+        return MARKS[connection.dialect.name].format(VALUES[found[1]]) if found[1] in VALUES else constants[found[1]]
 
-    return re.sub(r"%\((\w+)\)s", value, str(compiled)).replace("task_runs", table)
+    without_answer = str(compiled).partition(" RETURNING ")[0]
+    return re.sub(r"%\((\w+)\)s", value, without_answer).replace("task_runs", table)
+
+
+MARKS = {"sqlite": ":{}", "postgresql": "r.{}", "mariadb": "%({})s"}
 
 
 def live(connection: Connection, table: str, count: int) -> None:
     """Fill a table as a history that goes on does."""
     kind = connection.dialect.name
-    mark = ":" if kind == "sqlite" else "r."
-    opening = spelled(connection, statements.open_run(kind, numbered=False, returning=False), table, mark)
-    closing = spelled(connection, statements.close_run(returning=False), table, mark)
+    opening = spelled(connection, statements.open_next(kind), table)
+    closing = spelled(connection, statements.close_run(), table)
     for low, high in pairwise(portions(count)):
-        events = EVENTS.format(low=f"{low:%F %T.%f}", high=f"{high:%F %T.%f}")
-        if kind == "sqlite":
-            live_in_sqlite(connection, events, opening, closing)
-            continue
-        one = f"IF r.is_end = 0 THEN {opening}; ELSE {closing}; END IF;"
+        starts, ends = (part.format(low=f"{low:%F %T.%f}", high=f"{high:%F %T.%f}") for part in (STARTS, ENDS))
         if kind == "postgresql":
-            loop = f"FOR r IN {events} LOOP {one} COMMIT; END LOOP;"
+            body = f"IF r.is_end = 0 THEN {opening}; ELSE {closing}; END IF; COMMIT;"
+            loop = f"FOR r IN {starts} UNION ALL {ends} ORDER BY moment LOOP {body} END LOOP;"
             connection.exec_driver_sql(f"DO $$ DECLARE r record; BEGIN {loop} END $$")
             connection.exec_driver_sql(f"VACUUM {table}")
-        else:
-            # In place, whatever the transaction; a commit now and then lets the purge follow.
-            commit = "SET n = n + 1; IF MOD(n, 100) = 0 THEN COMMIT; START TRANSACTION; END IF;"
-            loop = f"START TRANSACTION; FOR r IN ({events}) DO {one} {commit} END FOR; COMMIT;"
-            connection.exec_driver_sql(f"BEGIN NOT ATOMIC DECLARE n INT DEFAULT 0; {loop} END")
+            continue
+        found = [dict(row) for part in (starts, ends) for row in connection.execute(text(part)).mappings()]
+        events = iter(sorted(found, key=itemgetter("moment")))
+        while some := list(islice(events, 200)):
+            send(connection, [(closing if event["is_end"] else opening, event) for event in some])
+
+
+def send(connection: Connection, due: list[tuple[str, dict[str, Any]]]) -> None:
+    """Send statements in one transaction: both databases write in place, however many there are in one."""
+    driver: Any = connection.connection.driver_connection
+    cursor = driver.cursor()
+    if connection.dialect.name == "sqlite":
+        cursor.execute("BEGIN")
+        for statement, event in due:
+            cursor.execute(statement, event)
+        cursor.execute("COMMIT")
+        return
+    filled = [cursor.mogrify(statement, event) for statement, event in due]
+    cursor.execute("; ".join(["BEGIN", *filled, "COMMIT"]))
+    while cursor.nextset():
+        pass
 
 
 def portions(count: int) -> list[datetime]:
@@ -138,18 +153,6 @@ def portions(count: int) -> list[datetime]:
         before /= 1.2
         found.append(START + before * STEP)
     return [START, *reversed(found)]
-
-
-def live_in_sqlite(connection: Connection, events: str, opening: str, closing: str) -> None:
-    driver = connection.connection.driver_connection
-    assert driver is not None
-    cursor = driver.cursor()
-    driver.execute("BEGIN")
-    found = driver.execute(events)
-    names = [column[0] for column in found.description]
-    for event in found:
-        cursor.execute(closing if event[1] else opening, dict(zip(names, event, strict=True)))
-    driver.execute("COMMIT")
 
 
 SIZES = {
@@ -233,7 +236,10 @@ def on_server(kind: str, *commands: str) -> None:
 
 def new_database(kind: str) -> str:
     on_server(kind, f"DROP DATABASE IF EXISTS {NAME}", f"CREATE DATABASE {NAME}")
-    return make_url(SERVERS[kind]).set(database=NAME).render_as_string(hide_password=False)
+    url = make_url(SERVERS[kind]).set(database=NAME)
+    if kind == "mariadb":
+        url = url.update_query_dict({"client_flag": str(CLIENT.MULTI_STATEMENTS)})
+    return url.render_as_string(hide_password=False)
 
 
 def report(kind: str, found: dict[str, Sizes], count: int) -> None:
