@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pymysql.constants import CLIENT
-from sqlalchemy import Column, Connection, Executable, MetaData, PrimaryKeyConstraint, Table, false, make_url, text
+from sqlalchemy import Column, Connection, Insert, MetaData, PrimaryKeyConstraint, Table, Update, false, make_url, text
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory, statements
 from taskruns.schema import metadata, task_runs
@@ -96,9 +96,10 @@ VALUES = {
 CONSTANTS = {"submission": "NULL", "source_attempt": "NULL", "supervisor_id": str(0x3A5C_71D2_9E46_08B3)}
 
 
-def spelled(connection: Connection, statement: Executable, table: str) -> str:
+def spelled(connection: Connection, statement: Insert | Update, table: str) -> str:
     """Return a statement about ``table`` whose parameters are fields of an event."""
-    compiled: Any = statement.compile(dialect=type(connection.dialect)(paramstyle="pyformat"))  # type: ignore[attr-defined]  # all are compiled
+    kind: Any = type(connection.dialect)
+    compiled: Any = statement.compile(dialect=kind(paramstyle="pyformat"))
     constants = {name: str(value) for name, value in compiled.params.items()} | CONSTANTS
 
     def value(found: re.Match[str]) -> str:
