@@ -73,7 +73,10 @@ def open_next(dialect: str) -> Insert:
     """
     given = [_bind(name) for name in _GIVEN]
     following = (func.coalesce(func.max(_C.attempt), literal_column("0")) + literal_column("1")).label("attempt")
-    last = select(following).where(_C.task_id == _bind("task_id")).subquery("last")
+    found = select(following).where(_C.task_id == _bind("task_id"))
+    # The limit keeps the condition below out of it, which SQLite would take for a second use of the maximum: it would
+    # go through all runs of the task instead of to the last one.
+    last = found.limit(literal_column("1")).offset(literal_column("0")).subquery("last")
     values = select(*given, last.c.attempt, _RUNNING).where(last.c.attempt <= literal_column(str(MAX_ATTEMPT)))
     return _insert(dialect, values).returning(_C.attempt)
 
