@@ -21,6 +21,8 @@ def render_item(type_: str, obj: Any, _autogen: AutogenContext) -> str | Literal
     """Let revisions spell a type out, since they outlive the class that it has today."""
     if type_ == "type" and isinstance(obj, schema.UTCDateTime):
         return "sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), 'mysql', 'mariadb')"
+    if type_ == "type" and isinstance(obj, schema.LongText):
+        return "sa.Text().with_variant(mysql.MEDIUMTEXT(), 'mysql', 'mariadb')"
     return False
 
 

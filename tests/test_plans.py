@@ -9,9 +9,10 @@ from sqlalchemy import Connection, Select, Table, create_engine, insert, select,
 
 from taskruns import PROBLEMS, RunFilter, RunOrder, TaskPhase, Window, engine, pruning_statements, schema, statements
 from taskruns.following import PAGE
-from taskruns.prepared import Prepared
+from taskruns.prepared import Prepared, prepared
 from taskruns.query_statements import question_of, runs, starts
 from taskruns.url import parse_url
+from taskruns.writing import Start
 
 RUNS = schema.task_runs.c
 START = datetime(2026, 11, 17, 6, tzinfo=UTC)  # what follows goes on to 4:40 of the 24th
@@ -163,3 +164,22 @@ def test_sqlite_needs_the_very_condition_of_its_index(phases: str) -> None:
         assert "ix_task_runs_problems" not in plan(connection, select(RUNS.attempt).where(text(phases)))
         both = select(RUNS.attempt).where(text(schema.IS_PROBLEM), text(phases))
         assert "ix_task_runs_problems" in plan(connection, both)
+
+
+def test_a_start_takes_sqlite_as_many_steps_whatever_the_task_has_run() -> None:
+    own = engine.create("sqlite://")
+    steps = []
+    with own.connect() as connection:
+        schema.metadata.create_all(connection)
+        fill(connection, schema.task_runs)
+        driver: Any = connection.connection.driver_connection
+        for task_id in ("task 3", "a new task"):
+            opening = prepared(connection.dialect, statements.open_next, "sqlite")
+            start = Start.of(task_id, None, START, None, None, None)
+            taken: list[None] = []
+            driver.set_progress_handler(lambda taken=taken: taken.append(None), 1)
+            opening.fetch(connection, start.parameters())
+            driver.set_progress_handler(None, 1)
+            steps.append(len(taken))
+    own.dispose()
+    assert steps[0] == pytest.approx(steps[1], abs=50)  # of 1,000 runs and of none

@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 
 import taskruns
-from taskruns import TaskRunHistory, TaskRunRepository
+from taskruns import TaskPhase, TaskRunHistory, TaskRunRepository
 from taskruns.aio import AsyncTaskRunHistory, AsyncTaskRunRepository
 from taskruns.recording import AsyncRecording, Recording
 
 # Steps between a history and its repository, no calls of a user's.
 INNER = {"open_start", "try_start", "find_start", "close_with", "take_step"}
 TWINS = [(TaskRunHistory, AsyncTaskRunHistory), (TaskRunRepository, AsyncTaskRunRepository)]
+
+# What a process does not load that records runs on SQLite, and asks no questions.
+FOREIGN = {"sqlalchemy.dialects.postgresql", "sqlalchemy.dialects.mysql", "psycopg", "pymysql"}
+UNASKED = {f"taskruns.{name}" for name in ("reading", "checks", "following", "pruning", "replay", "bulk", "stream")}
 
 
 def public(twin: type) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def test_all_public_names_are_there() -> None:
         ("from taskruns import TaskRun, RunClosedError", {"sqlalchemy", "alembic", "tenacity", "click", "asyncio"}),
         (
             "from taskruns import TaskRunHistory",
-            {"sqlalchemy.ext.asyncio", "alembic", "sqlalchemy.orm", "tenacity", "click"},
+            {"sqlalchemy.ext.asyncio", "alembic", "sqlalchemy.orm", "tenacity", "click", *FOREIGN, *UNASKED},
         ),
         ("import taskruns.aio", {"alembic", "tenacity", "click", "aiosqlite", "psycopg"}),
     ],
@@ -89,3 +93,14 @@ def test_recording_on_a_current_database_needs_no_alembic(sqlite: str) -> None:
     phase, *modules = done.stdout.split()
     assert phase == "succeeded"
     assert {"alembic", "sqlalchemy.orm", "sqlalchemy.ext.asyncio"} & set(modules) == set()
+
+
+def test_exec_on_sqlite_loads_no_more_than_it_needs(sqlite: str) -> None:
+    command = ["-X", "importtime", "-m", "taskruns", "--db", sqlite, "exec", "job", "--", "true"]
+    done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"sqlalchemy", "sqlite3", "taskruns.exec", "taskruns.supervision"} <= loaded
+    assert {"alembic", "sqlalchemy.orm", "sqlalchemy.ext.asyncio", "tenacity", "tomllib", "rich"} & loaded == set()
+    assert (FOREIGN | UNASKED) & loaded == set()
+    with TaskRunHistory.connect(sqlite) as history:
+        assert history.last_run("job", phases=TaskPhase.SUCCEEDED) is not None

@@ -13,9 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tenacity import Retrying
-
-from taskruns import process
+from taskruns import process, spool
 from taskruns.history import TaskRunHistory
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.process import Ended, Signals
@@ -360,30 +358,41 @@ class _Record:
             if self.run is not None:
                 self.house = threading.Event()
                 threading.Thread(target=self._keep_house, args=(self.run, self.house), daemon=True).start()
+            else:
+                self._hang_up()
             self._has_ended.wait()
             self._attempt(self._close)
+        self._hang_up()
         self.is_done.set()
         self._wake()
 
-    def _attempt(self, step: Callable[[TaskRunHistory], None]) -> None:
-        """Do a step and hold no connection after it: there may be more commands running than connections."""
+    def _hang_up(self) -> None:
+        """Hold no connection while nothing is said: there may be more commands running than connections."""
         assert self._history is not None  # noqa: S101  (or this thread would not run)
+        with suppress(Exception):
+            self._history.dispose()
+
+    def _attempt(self, step: Callable[[TaskRunHistory], None]) -> None:
+        assert self._history is not None  # noqa: S101  (as above)
         try:
-            with self._history:
-                step(self._history)
+            step(self._history)
         except Exception as error:  # noqa: BLE001  (whatever it is, the command goes on)
             self.failure = cause_of(error)
         else:
             self.failure = None
 
     def _keep_house(self, run: TaskRun, done: threading.Event) -> None:
-        """Do what a history needs now and then, beside the command: in a thread which nobody has to wait for."""
+        """Do what a history needs now and then, beside the command: in a thread which nobody has to wait for.
+
+        It takes over the connection of the start.
+        """
         with suppress(Exception):
             assert self._history is not None  # noqa: S101  (for mypy: there is a run)
             with self._history as history:
                 if self.is_first:
                     history.recover(stale_after=None)
-                    history.replay(seconds=PATIENCE * HOUSE_SHARE)
+                    if spool.files(history.url):
+                        history.replay(seconds=PATIENCE * HOUSE_SHARE)
                 if is_turn(run.attempt):
                     history.tidy(run.task_id)
         done.set()
@@ -391,10 +400,9 @@ class _Record:
 
     def _open(self, history: TaskRunHistory) -> None:
         history.prepare()
-        retrying = Retrying(**Retry(math.inf, history.on_retry).policy())
         while True:
             with suppress(_OutdatedError):
-                run = retrying(self._open_once, history)
+                run = Retry(math.inf, history.on_retry).call(self._open_once, history)
                 break
         with self._decision:
             self.run = run

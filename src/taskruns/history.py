@@ -1,5 +1,7 @@
 """The history of tasks in a database: what records runs. Each call is one transaction."""
 
+from __future__ import annotations
+
 import logging
 import socket
 import time
@@ -7,31 +9,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import URL, Connection, Engine
 
-from taskruns import bulk, engine, migrate, pruning, recovery
-from taskruns.bulk import Row, RowsAdded, RunsAdded
+from taskruns import engine, migrate, recovery
 from taskruns.commit import Call, GroupCommit, Writer
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
-from taskruns.events import Event
 from taskruns.liveness import STALE_AFTER, Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
-from taskruns.pruning import Forgetting, Pruning, turns_of
 from taskruns.reader import RETRY_FOR, Operation, Reader
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
-from taskruns.replay import Replayed, replay
 from taskruns.repository import TaskRunRepository
 from taskruns.retention import Retention, is_turn
 from taskruns.retrying import OnRetry, Retry
 from taskruns.spool import Spool
-from taskruns.stream import Stream
 from taskruns.supervision import HEARTBEAT, Supervision, Watch
-from taskruns.timeline import Effect
 from taskruns.url import is_in_memory
 from taskruns.writing import Start
+
+if TYPE_CHECKING:
+    from taskruns.bulk import Row, RowsAdded, RunsAdded
+    from taskruns.events import Event
+    from taskruns.replay import Replayed
+    from taskruns.stream import Stream
+    from taskruns.timeline import Effect
 
 _log = logging.getLogger("taskruns")
 
@@ -216,10 +219,13 @@ class TaskRunHistory(Reader):
 
     def add_runs(self, runs: Sequence[TaskRun]) -> RunsAdded:
         """Store runs as they are, in one transaction: see :meth:`TaskRunRepository.add_runs`."""
+        from taskruns import bulk
+
         return self.add_rows(list(map(bulk.row_of, runs))).of_runs(runs)
 
     def add_rows(self, rows: Sequence[Row]) -> RowsAdded:
         """Store runs that are rows already, as :func:`taskruns.bulk.row_from_wire` makes them, in one transaction."""
+        from taskruns import bulk
 
         def add(connection: Connection, _lost: bool) -> RowsAdded:  # noqa: FBT001  (as in Operation)
             with engine.transaction(connection):
@@ -232,6 +238,8 @@ class TaskRunHistory(Reader):
         self._register(stream=stream.source)
         effects = self._call(lambda connection, _lost: self._supervision.write(connection, stream, events))
         if self.retention is not None:
+            from taskruns.pruning import turns_of
+
             self.tidy(*turns_of(events, effects))
         return effects
 
@@ -284,6 +292,8 @@ class TaskRunHistory(Reader):
         Raises:
             OSError: the files cannot be used.
         """
+        from taskruns.replay import replay
+
         supervision = self._supervision
         if stream is not None:
             supervision.hold()  # which of its runs are active is for the events to tell
@@ -312,6 +322,8 @@ class TaskRunHistory(Reader):
             dry_run: Delete nothing, and return how many would be.
             on_progress: Called after each step with the number so far.
         """
+        from taskruns.pruning import Pruning
+
         pass_ = Pruning(retention, task=task, dry_run=dry_run)
         while not pass_.is_done:
             self._call(pass_.step)
@@ -330,6 +342,8 @@ class TaskRunHistory(Reader):
         """
         if self.retention is None or not task_ids:
             return
+        from taskruns import pruning
+
         policy = self.retention
         try:
             self._call_once(lambda connection, _lost: pruning.tidy(connection, policy, task_ids), Retry(0, None))
@@ -342,6 +356,8 @@ class TaskRunHistory(Reader):
         With ``error_only`` the runs stay and their errors become ``[removed]``. Active runs stay as they are. On SQLite
         the text is overwritten in the file, and its log is emptied; a server keeps it in its logs and backups.
         """
+        from taskruns.pruning import Forgetting
+
         forgetting = Forgetting(task_id, attempt, error_only=error_only)
         while not forgetting.is_done:
             self._call(forgetting.step)
@@ -349,6 +365,8 @@ class TaskRunHistory(Reader):
 
     def compact(self) -> None:
         """Give the space of deleted runs back to the file system. Writers wait meanwhile, and may give up."""
+        from taskruns import pruning
+
         self._call(pruning.compact)
 
     def record(

@@ -8,6 +8,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped
 from taskruns import schema
 from taskruns.model import TaskPhase
 
+for _dialect in ("sqlite", "postgresql", "mysql", "mariadb"):
+    schema.complete(_dialect)  # a host may compare or create the tables with its own
+
 
 class _Base(DeclarativeBase):
     metadata = schema.metadata

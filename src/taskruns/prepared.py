@@ -6,14 +6,16 @@ SQLAlchemy's way from a statement to a row costs several times what SQLite takes
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Dialect, Insert, Select, TextClause, Update
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 
 from taskruns import engine
 from taskruns.model import TaskPhase, TaskRun, trusted_run
-from taskruns.stats import Ended
+
+if TYPE_CHECKING:
+    from taskruns.stats import Ended
 
 _MOST = 1000
 """Statements that are kept for a dialect; far more than there are, if nobody asks for ever new ones."""
@@ -133,7 +135,7 @@ def runs_of_rows(rows: Iterable[Sequence[Any]]) -> list[TaskRun]:
     return runs
 
 
-def ended_of_rows(rows: Sequence[Sequence[Any]]) -> Sequence[Ended]:
+def ended_of_rows(rows: Sequence[Sequence[Any]]) -> "Sequence[Ended]":
     """Return what statistics are made of, out of rows of phase, start and end."""
     if not rows or (type(rows[0][1]) is not str and rows[0][1].tzinfo in (None, UTC)):
         return rows  # type: ignore[return-value]  # it is that already

@@ -1,26 +1,30 @@
 """What a history answers: each call is one transaction."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, timedelta, tzinfo
 from functools import partial
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from sqlalchemy import Connection, Engine
 
 from taskruns import migrate
-from taskruns.checks import TaskCheck
 from taskruns.connections import Connections
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
-from taskruns.following import Following
-from taskruns.liveness import Supervisor
 from taskruns.model import TaskRun
-from taskruns.reading import RunPage, Unrepeated
 from taskruns.repository import TaskRunRepository
 from taskruns.retrying import OnRetry, Retry
-from taskruns.stats import RunStats, Span
-from taskruns.summaries import TaskSummary
-from taskruns.windows import Window
+
+if TYPE_CHECKING:
+    from taskruns.checks import TaskCheck
+    from taskruns.following import Following
+    from taskruns.liveness import Supervisor
+    from taskruns.reading import RunPage
+    from taskruns.stats import RunStats, Span
+    from taskruns.summaries import TaskSummary
+    from taskruns.windows import Window
 
 T = TypeVar("T")
 
@@ -96,6 +100,8 @@ class Reader:
         None comes twice, and none is missed that is the same all the while. The memory it takes is constant, but for
         the keys of runs whose inferred start or end is what they are sorted by.
         """
+        from taskruns.reading import Unrepeated  # noqa: PLC0415  (not for who only records)
+
         wanted = filter_of(wanted, phases)
         unrepeated = Unrepeated(wanted, RunOrder(order))
         after = None
@@ -130,6 +136,8 @@ class Reader:
         Raises:
             ValueError: the interval is too short.
         """
+        from taskruns.following import Following  # noqa: PLC0415  (as above)
+
         following = Following(filter_of(wanted), interval=interval)
         while True:
             yield from self.take_step(following)

@@ -19,7 +19,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from taskruns import engine, spool
 from taskruns.errors import SchemaVersionError
 from taskruns.model import Outcome, TaskPhase, TaskRun, checked_exit_code, checked_phase
-from taskruns.replay import replay
 from taskruns.retrying import cause_of
 from taskruns.url import with_sync_driver
 from taskruns.writing import Start
@@ -244,6 +243,8 @@ def replay_quietly(url: URL) -> None:
 
     It belongs into a daemon thread: a kill at any moment is harmless.
     """
+    from taskruns.replay import replay  # noqa: PLC0415  (only where something was kept)
+
     try:
         url = with_sync_driver(url)
         own = engine.create(url)

@@ -1,22 +1,27 @@
 """Runs in a transaction of the caller's: statements in, :class:`TaskRun` out. It never commits."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
-from taskruns import bulk, checks, engine, reading, recovery
-from taskruns.bulk import RunsAdded
-from taskruns.checks import Rules, TaskCheck
+from taskruns import engine, recovery
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
 from taskruns.liveness import STALE_AFTER, Process, Supervisor
 from taskruns.model import Outcome, TaskPhase, TaskRun, checked_name
-from taskruns.reading import RunPage
-from taskruns.stats import RunStats, Span
-from taskruns.summaries import TaskSummary, summaries
 from taskruns.supervision import Watch
-from taskruns.windows import Window
 from taskruns.writing import Start, close, open_start, supersede
+
+if TYPE_CHECKING:
+    from taskruns.bulk import RunsAdded
+    from taskruns.checks import TaskCheck
+    from taskruns.reading import RunPage
+    from taskruns.stats import RunStats, Span
+    from taskruns.summaries import TaskSummary
+    from taskruns.windows import Window
 
 
 class TaskRunRepository:
@@ -126,14 +131,20 @@ class TaskRunRepository:
         Raises:
             ValueError: a run has a name or a number that cannot be stored.
         """
+        from taskruns import bulk
+
         return bulk.add_rows(self._connection, list(map(bulk.row_of, runs))).of_runs(runs)
 
     def get_run(self, task_id: str, attempt: int) -> TaskRun | None:
         """Return a run; None if there is no such run."""
+        from taskruns import reading
+
         return reading.get_run(self._connection, task_id, attempt)
 
     def last_run(self, task_id: str, *, phases: Phases = None) -> TaskRun | None:
         """Return the task's run with the highest attempt, of those in ``phases``; None if there is none."""
+        from taskruns import reading
+
         return reading.last_run(self._connection, RunFilter(checked_name(task_id, "task id"), phases=phases))
 
     def runs(
@@ -154,14 +165,20 @@ class TaskRunRepository:
             ValueError: ``limit`` is less than 1, ``after`` is no cursor of such a list, a phase does not exist, or the
                 longest runs are wanted neither of one task nor in a window of time.
         """
+        from taskruns import reading
+
         return reading.page(self._connection, filter_of(wanted, phases), order, limit=limit, after=after)
 
     def count_runs(self, wanted: str | RunFilter | None = None, *, phases: Phases = None) -> int:
         """Return how many runs there are: of a task, of those that a filter wants, or of all."""
+        from taskruns import reading
+
         return reading.count(self._connection, filter_of(wanted, phases))
 
     def active_runs(self, wanted: str | RunFilter | None = None) -> list[TaskRun]:
         """Return the active runs, of a task, of those that a filter wants, or of all, in the order they started."""
+        from taskruns import reading
+
         return reading.active_runs(self._connection, filter_of(wanted))
 
     def all_runs(
@@ -172,6 +189,8 @@ class TaskRunRepository:
         Raises:
             ValueError: ``limit`` is less than 1, or ``after`` is no key.
         """
+        from taskruns import reading
+
         return reading.all_runs(self._connection, task_id, limit=limit, after=after)
 
     def tasks(self, *, limit: int | None = None, after: str | None = None) -> list[TaskRun]:
@@ -180,6 +199,8 @@ class TaskRunRepository:
         Raises:
             ValueError: ``limit`` is less than 1, or ``after`` is no task id.
         """
+        from taskruns import reading
+
         return reading.tasks(self._connection, limit=limit, after=after)
 
     def summaries(
@@ -205,6 +226,8 @@ class TaskRunRepository:
         Raises:
             ValueError: an argument is outside its rules.
         """
+        from taskruns.summaries import summaries
+
         return summaries(
             self._connection,
             task_glob=task_glob,
@@ -243,7 +266,9 @@ class TaskRunRepository:
         Raises:
             ValueError: an argument is outside its rules.
         """
-        rules = Rules(succeeded_within, max_problems, max_running, zone)
+        from taskruns import checks
+
+        rules = checks.Rules(succeeded_within, max_problems, max_running, zone)
         return checks.check(self._connection, task_glob, rules, limit=limit, after=after)
 
     def stats(
@@ -262,4 +287,6 @@ class TaskRunRepository:
             by: Also by the day, or the hour, in which they started.
             zone: The time zone of these.
         """
+        from taskruns import reading
+
         return reading.stats(self._connection, filter_of(wanted, phases), by=by, zone=zone)

@@ -3,9 +3,11 @@
 import sqlite3
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+
+T = TypeVar("T")
 
 _CONFLICT_SQLSTATES = {"40001", "40P01"}
 _TRANSIENT_SQLSTATES = {*_CONFLICT_SQLSTATES, "53300", "55P03", "57P01", "57P02", "57P03"}
@@ -76,6 +78,18 @@ class Retry:
         if self._on_retry is not None:
             self._on_retry(error)
         return True
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what ``function`` returns, called until it does or there is to be no other try."""
+        try:
+            return function(*arguments)
+        except Exception as error:
+            if not self.is_worth_it(error):
+                raise
+        from tenacity import Retrying  # noqa: PLC0415  (only where something went wrong)
+
+        result: T = Retrying(**self.policy())(function, *arguments)
+        return result
 
     def policy(self) -> dict[str, Any]:
         """Return the arguments of tenacity's retrying, which waits longer from try to try, at random."""

@@ -10,6 +10,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     ColumnElement,
+    Connection,
     DateTime,
     Dialect,
     Enum,
@@ -21,10 +22,10 @@ from sqlalchemy import (
     Table,
     Text,
     TextClause,
+    event,
     false,
     text,
 )
-from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import SchemaItem
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -58,6 +59,8 @@ class UTCDateTime(TypeDecorator[datetime]):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[datetime]:
         """Return the type of the database's own."""
         if dialect.name in ("mysql", "mariadb"):
+            from sqlalchemy.dialects import mysql  # noqa: PLC0415  (only where it is in use, as it takes long)
+
             return dialect.type_descriptor(mysql.DATETIME(fsp=6))
         return dialect.type_descriptor(DateTime(timezone=True))
 
@@ -73,6 +76,21 @@ class UTCDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class LongText(TypeDecorator[str]):
+    """A text of any length: MariaDB's TEXT ends at 64 KiB."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[str]:
+        """Return the type of the database's own."""
+        if dialect.name in ("mysql", "mariadb"):
+            from sqlalchemy.dialects import mysql  # noqa: PLC0415  (as above)
+
+            return dialect.type_descriptor(mysql.MEDIUMTEXT())
+        return super().load_dialect_impl(dialect)
 
 
 def _name() -> String:
@@ -112,7 +130,7 @@ task_runs = Table(
     Column("finished_at", UTCDateTime, comment="When the run ended, UTC; null exactly while it is active"),
     Column(
         "error",
-        Text().with_variant(mysql.MEDIUMTEXT(), "mysql", "mariadb"),
+        LongText,
         comment="What went wrong; null for a run that is active or succeeded",
     ),
     Column("exit_code", Integer, comment="What a shell would show in $?: 128+N for signal N, 124 for a timeout"),
@@ -141,12 +159,6 @@ task_runs = Table(
     CheckConstraint("finished_at >= started_at", "times"),
     CheckConstraint("error IS NULL OR phase NOT IN ('running', 'succeeded')", "error"),
     comment="One row for every attempt of every task",
-    sqlite_with_rowid=False,
-    # A server may default to latin1 and to a collation that knows no case.
-    mysql_charset="utf8mb4",
-    mysql_collate="utf8mb4_bin",
-    mariadb_charset="utf8mb4",
-    mariadb_collate="utf8mb4_bin",
 )
 
 supervisors = Table(
@@ -170,11 +182,6 @@ supervisors = Table(
     Column("heartbeat_at", UTCDateTime, nullable=False, comment="When it last beat, by the database's clock, UTC"),
     PrimaryKeyConstraint("id"),
     comment="The processes that watch over active runs",
-    sqlite_with_rowid=False,
-    mysql_charset="utf8mb4",
-    mysql_collate="utf8mb4_bin",
-    mariadb_charset="utf8mb4",
-    mariadb_collate="utf8mb4_bin",
 )
 
 IS_PROBLEM = "phase IN ('failed', 'timeout', 'exhausted')"
@@ -182,9 +189,7 @@ IS_PROBLEM = "phase IN ('failed', 'timeout', 'exhausted')"
 
 
 def _index(name: str, *columns: ColumnElement[Any], dialects: Sequence[str], where: TextClause | None = None) -> None:
-    index = Index(
-        f"ix_task_runs_{name}", *columns, info={"dialects": dialects}, sqlite_where=where, postgresql_where=where
-    )
+    index = Index(f"ix_task_runs_{name}", *columns, info={"dialects": dialects, "where": where})
     index.ddl_if(dialect=tuple(dialects))  # type: ignore[arg-type]  # several are documented, not typed
 
 
@@ -197,6 +202,31 @@ _index("problems_of_task", task_runs.c.task_id, task_runs.c.attempt, where=text(
 _index("finished", task_runs.c.finished_at.desc(), task_runs.c.phase, dialects=_FULL_ONLY)
 
 
+def complete(dialect: str) -> None:
+    """Give the tables the options that only databases of this kind have, for whoever creates or compares them.
+
+    Where an option is named, SQLAlchemy loads the dialect that it belongs to, and what just records starts without
+    those of other databases.
+    """
+    if dialect in ("sqlite", "postgresql"):
+        for index in task_runs.indexes:
+            index.dialect_kwargs[f"{dialect}_where"] = index.info["where"]
+    if dialect == "sqlite":
+        for table in metadata.tables.values():
+            table.dialect_kwargs["sqlite_with_rowid"] = False
+    elif dialect in ("mysql", "mariadb"):
+        for table in metadata.tables.values():
+            # A server may default to latin1 and to a collation that knows no case.
+            table.dialect_kwargs[f"{dialect}_charset"] = "utf8mb4"
+            table.dialect_kwargs[f"{dialect}_collate"] = "utf8mb4_bin"
+
+
+@event.listens_for(task_runs, "before_create")
+@event.listens_for(supervisors, "before_create")
+def _complete(_table: Table, connection: Connection, **_: object) -> None:
+    complete(connection.dialect.name)
+
+
 def _differs(  # Alembic's signature
     _context: object, _column: object, _metadata_column: object, found: str | None, _default: object, known: str | None
 ) -> bool | None:
@@ -206,6 +236,7 @@ def _differs(  # Alembic's signature
 
 def comparison(dialect: str) -> dict[str, Any]:
     """Return how Alembic compares a database of this kind with :data:`metadata`."""
+    complete(dialect)
 
     def is_ours(name: str | None, kind: str, _parents: object) -> bool:
         # The database may be a host application's: the rest of it is none of our business.

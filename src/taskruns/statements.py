@@ -6,6 +6,7 @@ Those of the write path take their values as bound parameters, so each is built 
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from sqlalchemy import (
@@ -13,6 +14,7 @@ from sqlalchemy import (
     Insert,
     Integer,
     Select,
+    Table,
     Update,
     and_,
     bindparam,
@@ -28,7 +30,6 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from taskruns.model import MAX_ATTEMPT, TaskPhase
 from taskruns.schema import UTCDateTime, task_runs
@@ -48,6 +49,14 @@ THE_RUN = (
 )
 
 
+def own_insert(dialect: str, table: Table) -> Any:
+    """Return an INSERT that can do what only those of this database can.
+
+    Just the dialect in use is loaded: the others take longer than the start of a run.
+    """
+    return import_module(f"sqlalchemy.dialects.{'mysql' if dialect == 'mariadb' else dialect}").insert(table)
+
+
 def _bind(name: str) -> Any:
     """Return a bound parameter of a column's own type."""
     return bindparam(name, type_=_C[name].type)
@@ -64,7 +73,10 @@ def open_next(dialect: str) -> Insert:
     """
     given = [_bind(name) for name in _GIVEN]
     following = (func.coalesce(func.max(_C.attempt), literal_column("0")) + literal_column("1")).label("attempt")
-    last = select(following).where(_C.task_id == _bind("task_id")).subquery("last")
+    found = select(following).where(_C.task_id == _bind("task_id"))
+    # The limit keeps the condition below out of it, which SQLite would take for a second use of the maximum: it would
+    # go through all runs of the task instead of to the last one.
+    last = found.limit(literal_column("1")).offset(literal_column("0")).subquery("last")
     values = select(*given, last.c.attempt, _RUNNING).where(last.c.attempt <= literal_column(str(MAX_ATTEMPT)))
     return _insert(dialect, values).returning(_C.attempt)
 
@@ -82,11 +94,12 @@ def open_numbered(dialect: str) -> Insert:
 
 def _insert(dialect: str, values: Select[Any]) -> Insert:
     columns = [*_GIVEN, "attempt", "phase"]
-    if dialect == "postgresql":
-        return postgresql.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
-    if dialect == "sqlite":
-        return sqlite.insert(_T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
-    return insert(_T).from_select(columns, values)
+    insertion: Insert
+    if dialect in ("sqlite", "postgresql"):
+        insertion = own_insert(dialect, _T).from_select(columns, values).on_conflict_do_nothing(index_elements=KEY)
+    else:
+        insertion = insert(_T).from_select(columns, values)
+    return insertion
 
 
 @cache

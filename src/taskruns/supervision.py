@@ -1,5 +1,7 @@
 """A history's own part in the supervisors: it registers, beats while a run of it is active, and knows which are."""
 
+from __future__ import annotations
+
 import logging
 import os
 import secrets
@@ -8,21 +10,23 @@ import time
 import weakref
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from taskruns import engine, recovery, supervisor_statements
 from taskruns.errors import RunClosedError, RunNotFoundError
-from taskruns.events import Event
 from taskruns.liveness import ID_BITS, Process
 from taskruns.model import Outcome, TaskRun
 from taskruns.retrying import is_lost, is_refusal
-from taskruns.stream import Stream
-from taskruns.timeline import Effect
 from taskruns.url import is_in_memory, with_sync_driver
 from taskruns.writing import Start, close_alone, open_alone
+
+if TYPE_CHECKING:
+    from taskruns.events import Event
+    from taskruns.stream import Stream
+    from taskruns.timeline import Effect
 
 HEARTBEAT = 10.0
 """Seconds between two heartbeats; those that judge a supervisor by them wait for several."""

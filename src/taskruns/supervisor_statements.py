@@ -21,11 +21,10 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from taskruns.model import TaskPhase
 from taskruns.schema import supervisors, task_runs
-from taskruns.statements import COLUMNS, KEY, THE_RUN, clock
+from taskruns.statements import COLUMNS, KEY, THE_RUN, clock, own_insert
 
 _T = task_runs
 _C = task_runs.c
@@ -48,11 +47,13 @@ def beat(dialect: str) -> Insert:
     given: dict[str, Any] = {column.name: bindparam(column.name, type_=column.type) for column in _S}
     given |= {"started_at": clock(dialect), "heartbeat_at": clock(dialect)}
     renewed = {"heartbeat_at": clock(dialect), "stream": given["stream"]}
-    if dialect == "postgresql":
-        return postgresql.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
-    if dialect == "sqlite":
-        return sqlite.insert(supervisors).values(given).on_conflict_do_update(index_elements=["id"], set_=renewed)
-    return mysql.insert(supervisors).values(given).on_duplicate_key_update(renewed)
+    insertion = own_insert(dialect, supervisors).values(given)
+    beating: Insert
+    if dialect in ("sqlite", "postgresql"):
+        beating = insertion.on_conflict_do_update(index_elements=["id"], set_=renewed)
+    else:
+        beating = insertion.on_duplicate_key_update(renewed)
+    return beating
 
 
 @cache

@@ -1,5 +1,7 @@
 """The history for asyncio."""
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import socket

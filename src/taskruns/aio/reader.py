@@ -1,5 +1,7 @@
 """What a history answers, for asyncio."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, timedelta, tzinfo

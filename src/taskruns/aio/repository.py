@@ -1,5 +1,7 @@
 """The repository for asyncio."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Concatenate, ParamSpec, TypeVar

@@ -1,6 +1,7 @@
 """The command line. Each command's module is imported when the command is used."""
 
 import errno
+import gc
 import logging
 import os
 import sys
@@ -51,7 +52,13 @@ class _Commands(click.Group):
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command = getattr(import_module(f"taskruns.cli.{_COMMANDS[name]}"), f"{name}_command")
+        gc.disable()  # what is imported stays: to look through it again and again takes longer than to record a run
+        try:
+            module = import_module(f"taskruns.cli.{_COMMANDS[name]}")
+        finally:
+            gc.freeze()
+            gc.enable()
+        command = getattr(module, f"{name}_command")
         assert isinstance(command, click.Command)  # noqa: S101  (for mypy)
         return command
 

@@ -1,7 +1,6 @@
 """Which database is meant, and opening it for a command."""
 
 import os
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from platformdirs import user_data_path
 from sqlalchemy import URL
 
 from taskruns.errors import SchemaVersionError
@@ -58,6 +56,8 @@ class Database:
     @classmethod
     def default(cls) -> "Database":
         """Return the file that is used where nothing else is named."""
+        from platformdirs import user_data_path  # noqa: PLC0415  (only where it is asked for)
+
         default = user_data_path("taskruns") / "taskruns.db"
         return cls(parse_url(URL.create("sqlite", database=str(default))), DEFAULT, configured_retention(EMBEDDED))
 
@@ -135,7 +135,10 @@ def configured_retention(default: Retention | None) -> Retention | None:
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        import tomllib  # noqa: PLC0415  (only where there is something to read)
+
+        return tomllib.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
