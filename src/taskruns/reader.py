@@ -226,7 +226,7 @@ class Reader:
         """Do an operation, again where that may help; ``first`` is another way, which may lead to nothing."""
         retry = Retry(self._retry_for, self.on_retry)
         try:
-            found = None if first is None else first()
+            found = first() if first is not None and self._is_current else None
             return self._call_once(operation, retry) if found is None else found
         except Exception as error:
             if not retry.is_worth_it(error):

@@ -213,7 +213,7 @@ class AsyncReader:
         """Do an operation, again where that may help; ``first`` is another way, which may lead to nothing."""
         retry = Retry(self._retry_for, self.on_retry)
         try:
-            found = None if first is None else await first()
+            found = await first() if first is not None and self._is_current else None
             return await self._call_once(operation, retry) if found is None else found
         except Exception as error:
             if not retry.is_worth_it(error):
