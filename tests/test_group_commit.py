@@ -207,15 +207,15 @@ def test_no_more_wait_than_there_is_room_for(
     write = commit.Writer.write
 
     def watched(writer: commit.Writer, calls: list[commit.Call]) -> None:
-        waiting.append(len(calls) + len(callers.history._group._pending))
+        waiting.append(len(callers.history._group._pending))
         write(writer, calls)
-        waiting.append(len(calls) + len(callers.history._group._pending))
+        waiting.append(len(callers.history._group._pending))
 
     monkeypatch.setattr(commit.Writer, "write", watched)
     found = callers.together(*[opening(task) for task in names("task", 200)])
     assert [run.attempt for run in found] == [1] * 200
     assert len(stored(plain)) == 200
-    assert 2 <= max(waiting) <= 5
+    assert 1 <= max(waiting) <= 5
 
 
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"], indirect=True)
@@ -223,18 +223,19 @@ def test_who_waits_for_a_lock_holds_up_the_others_for_a_moment_only(
     connect: Connect, batches: Batches, plain: TaskRunHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit, "_HOLDUP", 0.1)
-    plain.open_run("row")
+    plain.open_run("z row")
     callers, is_held = connect(), threading.Event()
 
     def hold() -> None:
-        with plain.begin(lock="number") as runs:
-            runs.open_run("number")
-            runs.close_run("row", 1, FAILED, error="same")
+        with plain.begin(lock="z number") as runs:
+            runs.open_run("z number")
+            runs.close_run("z row", 1, FAILED, error="same")
             is_held.set()
             until(lambda: len(stored(plain)) == 1 + 30, "the others are written")
 
+    # Whoever waits for a number on MariaDB holds up those of the tasks that come next to its own by name, too.
     works = [opening(task) for task in names("other", 30)]
-    held = [opening("number"), closing("row", 1, FAILED, error="same")]
+    held = [opening("z number"), closing("z row", 1, FAILED, error="same")]
     with ThreadPoolExecutor(1) as pool:
         holding = pool.submit(hold)
         assert is_held.wait(30)
@@ -242,7 +243,7 @@ def test_who_waits_for_a_lock_holds_up_the_others_for_a_moment_only(
         holding.result()
     assert [len(tasks) for tasks in batches.tasks] == [1, 32]
     assert number.attempt == 2
-    assert row == plain.get_run("row", 1)
+    assert row == plain.get_run("z row", 1)
 
 
 def test_runs_that_are_not_active_here_are_closed_and_refined(
