@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import URL, Connection
@@ -75,6 +76,13 @@ class Writer:
     def write(self, calls: list[Call]) -> None:
         """Write calls of different tasks, and note in each what has become of it."""
         try:
+            self._write(calls)
+        except BaseException:
+            _fail(calls, ConnectionAbortedError("the thread that was writing was interrupted"))
+            raise
+
+    def _write(self, calls: list[Call]) -> None:
+        try:
             with self._connections.one() as connection:
                 # MySQL, and SQLite before 3.35, cannot tell which numbers were given.
                 self._is_able = self._is_able and connection.dialect.insert_returning
@@ -88,9 +96,6 @@ class Writer:
             # Where it may be one call's fault, or it is somebody's lock, each finds out without the others.
             if is_lost(error) or (is_refusal(error) and not is_held_up(error)):
                 _fail(calls, error)
-        except BaseException:
-            _fail(calls, ConnectionAbortedError("the thread that was writing was interrupted"))
-            raise
 
     def _write_one(self, connection: Connection, call: Call) -> None:
         supervision = self._supervision
@@ -138,20 +143,19 @@ def _fail(calls: list[Call], error: Exception) -> None:
             call.error = error
 
 
-def take(pending: deque[Call]) -> list[Call]:
-    """Take the next batch: at most one call of a task, so that those of a task stay in their order."""
+def take(pending: deque[Call]) -> tuple[list[Call], deque[Call]]:
+    """Return the next batch, and those that are left: at most one call of a task, so that they stay in their order."""
     batch: list[Call] = []
-    left: list[Call] = []
+    left: deque[Call] = deque()
     tasks: set[str] = set()
-    for _ in range(min(len(pending), MOST_AT_ONCE)):
-        call = pending.popleft()
+    for call in islice(pending, MOST_AT_ONCE):
         if call.task_id in tasks:
             left.append(call)
         else:
             tasks.add(call.task_id)
             batch.append(call)
-    pending.extendleft(reversed(left))
-    return batch
+    left.extend(islice(pending, MOST_AT_ONCE, None))
+    return batch, left
 
 
 class GroupCommit:
@@ -202,22 +206,25 @@ class GroupCommit:
 
     def _lead(self, leader: Call) -> None:
         with self._lock:
-            self._batch = take(self._pending)
+            self._batch, self._pending = take(self._pending)  # both or none, should an interrupt come
         self.writer.write(self._batch)
         self._retire(leader)
 
     def _retire(self, leader: Call) -> None:
-        """Tell the followers, and leave the lead to the next one, if this caller has it."""
+        """Tell the followers, and leave the lead to the next one, if this caller has it.
+
+        Where it is interrupted, it is done once more.
+        """
         if self._leader is not leader:
             return
-        batch, self._batch = self._batch, []
+        for call in self._batch:
+            if call is not leader and call.wake.locked():
+                call.wake.release()
         with self._lock:
+            self._batch = []
             self._leader = self._pending[0] if self._pending else None
             if self._leader is not None:
-                batch.append(self._leader)
-        for call in batch:
-            if call is not leader:
-                call.wake.release()
+                self._leader.wake.release()
 
 
 _all: weakref.WeakSet[GroupCommit] = weakref.WeakSet()

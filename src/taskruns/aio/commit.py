@@ -64,7 +64,7 @@ class AsyncGroupCommit:
     def _lead(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             with self._lock:
-                batch = take(self._pending)
+                batch, self._pending = take(self._pending)
                 if not batch:
                     self._is_led = False
                     return
