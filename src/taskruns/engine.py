@@ -25,7 +25,7 @@ LOCK_TIMEOUT = 30.0
 CONNECT_TIMEOUT = 5
 """Seconds to wait for a server, unless the URL has a ``connect_timeout``."""
 
-_POOL = {"pool_size": 15, "max_overflow": 0}  # as many as SQLAlchemy opens at most, but all of them are kept
+_POOL = {"pool_size": 15, "max_overflow": -1}  # the callers see to it that there are not more: see Connections
 
 
 def create(url: str | URL, *, read_only: bool = False, lock_timeout: float = LOCK_TIMEOUT) -> Engine:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import URL, Connection, Engine
@@ -165,7 +164,13 @@ class TaskRunHistory(Reader):
         shows that it is over. Runs of other histories, and those of :meth:`record`, are left alone.
         """
         start = Start.of(
-            task_id, attempt, started_at, self.source if source is None else source, submission, source_attempt
+            task_id,
+            attempt,
+            started_at,
+            self.source if source is None else source,
+            submission,
+            source_attempt,
+            self._supervision.own_number,
         )
         return self._open(start, is_certain=False)
 
@@ -174,12 +179,15 @@ class TaskRunHistory(Reader):
         if supervision.is_due:
             self._register()
         return self._write(
-            Call(start.run.task_id, start, is_certain),
+            lambda: Call(start.run.task_id, start, is_certain),
             lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain),
         )
 
-    def _write(self, call: Call, operation: Operation[TaskRun]) -> TaskRun:
-        return self._call(operation, first=None if self._group is None else partial(self._group.write, call))
+    def _write(self, call: Callable[[], Call], operation: Operation[TaskRun]) -> TaskRun:
+        group = self._group
+        if group is None:
+            return self._call(operation)
+        return self._call(operation, first=lambda: group.write(call()))
 
     def _register(self, *, stream: str | None = None) -> None:
         """Register, or beat, if that is due."""
@@ -212,7 +220,7 @@ class TaskRunHistory(Reader):
 
         if leave:
             return self._call(close)
-        run = self._write(Call(task_id, attempt=attempt, outcome=outcome), close)
+        run = self._write(lambda: Call(task_id, attempt=attempt, outcome=outcome), close)
         if self.retention is not None and is_turn(attempt):
             self.tidy(task_id)
         return run

@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from functools import partial
 from typing import Self
 
 from sqlalchemy import URL, Connection
@@ -121,7 +120,7 @@ class AsyncTaskRunHistory(AsyncReader):
         """Make one transaction of several calls: see :meth:`taskruns.TaskRunHistory.begin`."""
         if not brief:
             await self._register()
-        async with self._engine.connect() as connection:
+        async with self._connections.one() as connection:
             await self._require_current(connection)
             transaction = await connection.run_sync(lambda connection: engine.transaction(connection, lock=lock))
             await connection.run_sync(lambda _: transaction.__enter__())
@@ -146,7 +145,13 @@ class AsyncTaskRunHistory(AsyncReader):
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`taskruns.TaskRunHistory.open_run`."""
         start = Start.of(
-            task_id, attempt, started_at, self.source if source is None else source, submission, source_attempt
+            task_id,
+            attempt,
+            started_at,
+            self.source if source is None else source,
+            submission,
+            source_attempt,
+            self._supervision.own_number,
         )
         return await self._open(start, is_certain=False)
 
@@ -155,12 +160,15 @@ class AsyncTaskRunHistory(AsyncReader):
         if supervision.is_due:
             await self._register()
         return await self._write(
-            Call(start.run.task_id, start, is_certain),
+            lambda: Call(start.run.task_id, start, is_certain),
             lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain),
         )
 
-    async def _write(self, call: Call, operation: Operation[TaskRun]) -> TaskRun:
-        return await self._call(operation, first=None if self._group is None else partial(self._group.write, call))
+    async def _write(self, call: Callable[[], Call], operation: Operation[TaskRun]) -> TaskRun:
+        group = self._group
+        if group is None:
+            return await self._call(operation)
+        return await self._call(operation, first=lambda: group.write(call()))
 
     async def _register(self, *, stream: str | None = None) -> None:
         if self._supervision.is_new:
@@ -189,7 +197,7 @@ class AsyncTaskRunHistory(AsyncReader):
 
         if leave:
             return await self._call(close)
-        run = await self._write(Call(task_id, attempt=attempt, outcome=outcome), close)
+        run = await self._write(lambda: Call(task_id, attempt=attempt, outcome=outcome), close)
         if self.retention is not None and is_turn(attempt):
             await self.tidy(task_id)
         return run
