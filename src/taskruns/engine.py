@@ -120,6 +120,8 @@ def equipped(engine: Engine, url: URL, *, read_only: bool, lock_timeout: float) 
         _prepare_sqlite(engine, url, read_only=read_only)
     elif (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
         _limit_waiting(engine, lock_timeout)
+    elif engine.dialect.name in ("mysql", "mariadb"):
+        _lock_no_gaps(engine)
     if engine.dialect.name != "sqlite":
         _reset_safely(engine)
     _engines[engine] = url
@@ -157,6 +159,16 @@ def _limit_waiting(engine: Engine, seconds: float) -> None:
         )
         cursor.close()
         dbapi.commit()
+
+
+def _lock_no_gaps(engine: Engine) -> None:
+    """Have MariaDB lock rows, and not the gaps between them, where those that open new tasks meet in deadlocks."""
+
+    @event.listens_for(engine, "connect")
+    def connected(dbapi: Any, _record: object) -> None:
+        cursor = dbapi.cursor()
+        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        cursor.close()
 
 
 def is_own(connection: Connection) -> bool:
