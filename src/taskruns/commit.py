@@ -176,13 +176,20 @@ class GroupCommit:
         """Close the idle connections. What is being written goes on: its callers are waiting for it."""
         self.writer.dispose()
 
-    def write(self, call: Call) -> TaskRun | None:
-        """Have a call written, and return its run when it is durable; None if it has to be written without the others.
+    def open(self, start: Start, *, is_certain: bool) -> TaskRun | None:
+        """Open a run and return it when it is durable; None if that has to be done without the others.
 
         Raises:
             TaskRunsError: it cannot be done.
             SQLAlchemyError: it may, or may not, have been written.
         """
+        return self._write(Call(start.run.task_id, start, is_certain))
+
+    def close(self, task_id: str, attempt: int, outcome: Outcome) -> TaskRun | None:
+        """Close a run, likewise."""
+        return self._write(Call(task_id, attempt=attempt, outcome=outcome))
+
+    def _write(self, call: Call) -> TaskRun | None:
         call.wake = threading.Lock()
         call.wake.acquire()
         try:

@@ -18,14 +18,14 @@ from taskruns.aio.commit import AsyncGroupCommit
 from taskruns.aio.reader import AsyncReader
 from taskruns.aio.repository import AsyncTaskRunRepository
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.commit import Call, Writer
+from taskruns.commit import Writer
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.liveness import STALE_AFTER, Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.pruning import Forgetting, Pruning, turns_of
-from taskruns.reader import RETRY_FOR, Operation
+from taskruns.reader import RETRY_FOR
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
 from taskruns.replay import Replayed, replay
 from taskruns.retention import Retention, is_turn
@@ -159,16 +159,11 @@ class AsyncTaskRunHistory(AsyncReader):
         supervision = self._supervision
         if supervision.is_due:
             await self._register()
-        return await self._write(
-            lambda: Call(start.run.task_id, start, is_certain),
-            lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain),
-        )
-
-    async def _write(self, call: Callable[[], Call], operation: Operation[TaskRun]) -> TaskRun:
         group = self._group
-        if group is None:
-            return await self._call(operation)
-        return await self._call(operation, first=lambda: group.write(call()))
+        return await self._call(
+            lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain),
+            first=None if group is None else lambda: group.open(start, is_certain=is_certain),
+        )
 
     async def _register(self, *, stream: str | None = None) -> None:
         if self._supervision.is_new:
@@ -190,15 +185,12 @@ class AsyncTaskRunHistory(AsyncReader):
         """Record how a run ended, and return it: see :meth:`taskruns.TaskRunHistory.close_run`."""
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
 
-        supervision = self._supervision
-
-        def close(connection: Connection, lost: bool) -> TaskRun:  # noqa: FBT001  (as in Operation)
-            return supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
-
-        if leave:
-            return await self._call(close)
-        run = await self._write(lambda: Call(task_id, attempt=attempt, outcome=outcome), close)
-        if self.retention is not None and is_turn(attempt):
+        supervision, group = self._supervision, None if leave else self._group
+        run = await self._call(
+            lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave),
+            first=None if group is None else lambda: group.close(task_id, attempt, outcome),
+        )
+        if self.retention is not None and not leave and is_turn(attempt):
             await self.tidy(task_id)
         return run
 
