@@ -84,4 +84,4 @@ class Histories:
 def in_use(history: Any) -> int:
     """The number of its connections that somebody has taken and not given back."""
     checked_out: int = history._engine.pool.checkedout()
-    return checked_out - (len(history._connections._idle) if hasattr(history, "_connections") else 0)
+    return checked_out - (len(history._connections.idle))

@@ -131,10 +131,10 @@ history = TaskRunHistory.connect(sys.argv[1])
 event.listen(history._engine, "invalidate", lambda *_: lost.append(1))
 with history.begin() as held:
     history.last_run("parent")
-    assert len(history._connections._idle) == 1
+    assert len(history._connections.idle) == 1
     child = os.fork()
     if child == 0:
-        assert history._connections._idle == [] and history._engine.pool.checkedin() == 0
+        assert history._connections.idle == [] and history._engine.pool.checkedin() == 0
         record("child")
         os._exit(0)
     if len(sys.argv) > 2:

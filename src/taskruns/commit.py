@@ -7,10 +7,11 @@ waits for nobody.
 
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -30,7 +31,7 @@ MOST_AT_ONCE = 512
 """Calls that one transaction writes, at most."""
 
 MOST_WAITING = 4096
-"""Calls that may be written or wait for it; further callers wait until there is room."""
+"""Calls that may wait to be written; further callers wait until there is room."""
 
 _HOLDUP = 1.0
 """Seconds that a batch waits for a row that somebody else has locked; then its callers wait each for their own."""
@@ -50,7 +51,8 @@ class Call:
     outcome: Outcome | None = None
     run: TaskRun | None = None
     error: Exception | None = None
-    wake: Any = None  # how to tell the caller that it is written
+    wake: Any = None  # how to tell the caller that it is written, or has to lead
+    batch: list["Call"] = field(default_factory=list)  # what it writes as the leader, until the others are told
 
     def result(self) -> TaskRun | None:
         """Return the run, or None if there is neither a run nor an error."""
@@ -168,63 +170,78 @@ class GroupCommit:
 
     def begin_anew(self) -> None:
         """Forget the callers: in a forked child they do not exist."""
-        self._room = threading.BoundedSemaphore(MOST_WAITING)
         self._lock = threading.Lock()
+        self._has_room = threading.Condition(self._lock)
         self._pending: deque[Call] = deque()
         self._leader: Call | None = None
-        self._batch: list[Call] = []
+        self._last = 1  # calls in the last batch
 
     def dispose(self) -> None:
         """Close the idle connections. What is being written goes on: its callers are waiting for it."""
         self.writer.dispose()
 
-    def write(self, call: Call) -> TaskRun | None:
-        """Have a call written, and return its run when it is durable; None if it has to be written without the others.
+    def open(self, start: Start, *, is_certain: bool) -> TaskRun | None:
+        """Open a run and return it when it is durable; None if that has to be done without the others.
 
         Raises:
             TaskRunsError: it cannot be done.
             SQLAlchemyError: it may, or may not, have been written.
         """
+        return self._write(Call(start.run.task_id, start, is_certain))
+
+    def close(self, task_id: str, attempt: int, outcome: Outcome) -> TaskRun | None:
+        """Close a run, likewise."""
+        return self._write(Call(task_id, attempt=attempt, outcome=outcome))
+
+    def _write(self, call: Call) -> TaskRun | None:
         call.wake = threading.Lock()
         call.wake.acquire()
-        with self._room:
-            try:
-                with self._lock:
-                    self._pending.append(call)
-                    if self._leader is None:
-                        self._leader = call
-                if self._leader is not call:
-                    call.wake.acquire()  # until it is written, or has to lead
-                if self._leader is call:
-                    self._lead(call)
-            except BaseException:  # an interrupt, at whatever moment: the others must go on
-                with self._lock, suppress(ValueError):
-                    self._pending.remove(call)
-                self._retire(call)
-                raise
+        try:
+            with self._lock:
+                while len(self._pending) >= MOST_WAITING:
+                    self._has_room.wait()
+                self._pending.append(call)
+                if self._leader is None:
+                    self._leader = call
+            if self._leader is not call:
+                call.wake.acquire()  # until it is written, or has to lead
+            if self._leader is call:
+                self._lead(call)
+        except BaseException:  # an interrupt, at whatever moment: the others must go on
+            with self._lock, suppress(ValueError):
+                self._pending.remove(call)
+            self._retire(call)
+            raise
         return call.result()
 
     def _lead(self, leader: Call) -> None:
+        self._let_come()
         with self._lock:
-            self._batch, self._pending = take(self._pending)  # both or none, should an interrupt come
-        self.writer.write(self._batch)
+            leader.batch, self._pending = take(self._pending)  # both or none, should an interrupt come
+            self._has_room.notify(len(leader.batch))
+        self._last = len(leader.batch)
+        self.writer.write(leader.batch)
         self._retire(leader)
 
-    def _retire(self, leader: Call) -> None:
-        """Tell the followers, and leave the lead to the next one, if this caller has it.
+    def _let_come(self) -> None:
+        """Give way to those whom the last batch has woken, as they may have more to tell: not for any time."""
+        for _ in range(4 * self._last):
+            if len(self._pending) >= self._last:
+                return
+            time.sleep(0)
 
-        Where it is interrupted, it is done once more.
-        """
-        if self._leader is not leader:
-            return
-        for call in self._batch:
-            if call is not leader and call.wake.locked():
-                call.wake.release()
+    def _retire(self, leader: Call) -> None:
+        """Leave the lead to the next one, if this caller has it, and tell the followers. An interrupt may repeat it."""
         with self._lock:
-            self._batch = []
-            self._leader = self._pending[0] if self._pending else None
-            if self._leader is not None:
-                self._leader.wake.release()
+            if self._leader is leader:
+                self._leader = self._pending[0] if self._pending else None
+                if self._leader is not None:
+                    leader.batch.append(self._leader)
+        while leader.batch:
+            if leader.batch[-1] is not leader:
+                with suppress(RuntimeError):  # woken just before an interrupt
+                    leader.batch[-1].wake.release()
+            leader.batch.pop()
 
 
 _all: weakref.WeakSet[GroupCommit] = weakref.WeakSet()

@@ -7,17 +7,26 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 
 from sqlalchemy import Connection, Engine, QueuePool
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from taskruns.engine import only_reads
 
+MOST = 15
+"""Connections that are open at a time; further callers wait for one."""
+
+PATIENCE = 30.0
+"""Seconds that they wait at most, as with SQLAlchemy's pool."""
+
 
 class Connections:
-    """The connections of an engine, for one caller each: those of the pool, kept out of it while nobody waits there.
+    """The connections of an engine, each for one caller at a time.
 
-    Kept are only those that are as they came: on which nothing was executed but prepared statements.
+    Kept are those that are as they came: on which nothing was executed but prepared statements. The others go back to
+    SQLAlchemy's pool, which resets them.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -25,52 +34,94 @@ class Connections:
         # What was written since cannot be seen through one that reads a file which nobody has open for writing.
         self._keeps = not only_reads(engine)
         self._options = engine.get_execution_options()
-        self._idle: list[Connection] = []
-        self._waiting = 0
-        self._lock = threading.Lock()
+        self.idle: list[Connection] = []
+        self.begin_anew()
         _all.add(self)
 
     def begin_anew(self) -> list[Connection]:
         """Forget the connections, which are a parent's, without closing them, and return those that nobody uses."""
-        idle, self._idle = self._idle, []
-        self._waiting = 0
+        idle, self.idle = self.idle, []
         self._lock = threading.Lock()
+        self._open = 0  # kept or in use
+        self._waiting = 0
+        self._given: SimpleQueue[Connection | None] = SimpleQueue()  # to those who wait; None is leave to open one
         return idle
 
     def take(self) -> Connection:
-        """Return a connection that nobody else uses until it is given back."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._wait()
+        """Return a connection that nobody else uses until it is given back.
 
-    def _wait(self) -> Connection:
-        with self._lock:
-            self._waiting += 1
+        Raises:
+            TimeoutError: (SQLAlchemy's) all were in use for too long.
+        """
         try:
-            # Who gave one back before it was known that somebody waits has kept it: then that is left to the pool, too.
-            self._release_one()
+            return self.idle.pop()
+        except IndexError:
+            connection = self._wait()
+        if connection is not None:
+            return connection
+        try:
             return self._engine.connect()
-        finally:
+        except BaseException:
             with self._lock:
-                self._waiting -= 1
+                self._return(None)
+            raise
+
+    def _wait(self) -> Connection | None:
+        """Wait for a connection, or for leave to open one."""
+        with self._lock, suppress(IndexError):
+            if self._open < MOST:
+                self._open += 1
+                return None
+            self._waiting += 1
+            connection = self.idle.pop()  # given back since just now
+            self._waiting -= 1
+            return connection
+        try:
+            return self._given.get(timeout=PATIENCE)
+        except BaseException as error:
+            with self._lock:
+                if self._waiting:
+                    self._waiting -= 1
+                else:  # something is there for everybody who waits, this one too
+                    self._return(self._given.get())
+            if isinstance(error, Empty):
+                raise PoolTimeoutError(f"all {MOST} connections were in use for {PATIENCE:g} s") from None
+            raise
 
     def give_back(self, connection: Connection) -> None:
         """Keep a connection for the next caller, or leave it to the pool."""
-        if connection.invalidated:
-            connection.close()
-            self._give_up()
-        elif (
+        is_lost = connection.invalidated
+        if (
             self._keeps
+            and not is_lost
             and not connection.in_transaction()
             and connection.get_execution_options() is self._options
-            and not connection.closed
         ):
-            self._idle.append(connection)
+            self.idle.append(connection)
             if self._waiting:
-                self._release_one()
-        else:
+                with self._lock, suppress(IndexError):
+                    self._return(self.idle.pop())
+            return
+        try:
             connection.close()
+        finally:
+            with self._lock:
+                self._return(None)
+            if is_lost:  # what has ended one connection has most likely ended every one
+                self._close_idle(are_lost=True)
+                pool = self._engine.pool
+                if isinstance(pool, QueuePool) and not pool.checkedout():  # or they came back to one that is gone
+                    self._engine.dispose()
+
+    def _return(self, connection: Connection | None) -> None:
+        """Leave a connection, or leave to open one, to the next one. The caller holds the lock."""
+        if self._waiting:
+            self._waiting -= 1
+            self._given.put(connection)
+        elif connection is not None:
+            self.idle.append(connection)
+        else:
+            self._open -= 1
 
     @contextmanager
     def one(self) -> Iterator[Connection]:
@@ -83,27 +134,22 @@ class Connections:
 
     def dispose(self) -> None:
         """Close those that nobody uses."""
-        while self._release_one():
-            pass
+        self._close_idle(are_lost=False)
         self._engine.dispose()
 
-    def _give_up(self) -> None:
-        """Close all that nobody uses: what has ended one connection has most likely ended every one."""
-        while self._release_one(is_lost=True):
-            pass
-        pool = self._engine.pool
-        if isinstance(pool, QueuePool) and not pool.checkedout():  # or those would come back to a pool that is gone
-            self._engine.dispose()
-
-    def _release_one(self, *, is_lost: bool = False) -> bool:
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            return False
-        if is_lost:
-            connection.invalidate()
-        connection.close()
-        return True
+    def _close_idle(self, *, are_lost: bool) -> None:
+        while True:
+            try:
+                connection = self.idle.pop()
+            except IndexError:
+                return
+            try:
+                if are_lost:
+                    connection.invalidate()
+                connection.close()
+            finally:
+                with self._lock:
+                    self._return(None)
 
 
 _all: weakref.WeakSet[Connections] = weakref.WeakSet()

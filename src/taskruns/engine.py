@@ -25,7 +25,7 @@ LOCK_TIMEOUT = 30.0
 CONNECT_TIMEOUT = 5
 """Seconds to wait for a server, unless the URL has a ``connect_timeout``."""
 
-_POOL = {"pool_size": 15, "max_overflow": 0}  # as many as SQLAlchemy opens at most, but all of them are kept
+_POOL = {"pool_size": 15, "max_overflow": -1}  # the callers see to it that there are not more: see Connections
 
 
 def create(url: str | URL, *, read_only: bool = False, lock_timeout: float = LOCK_TIMEOUT) -> Engine:
@@ -120,6 +120,8 @@ def equipped(engine: Engine, url: URL, *, read_only: bool, lock_timeout: float) 
         _prepare_sqlite(engine, url, read_only=read_only)
     elif (engine.dialect.name, engine.dialect.driver.removesuffix("_async")) == ("postgresql", "psycopg"):
         _limit_waiting(engine, lock_timeout)
+    elif engine.dialect.name in ("mysql", "mariadb"):
+        _lock_no_gaps(engine)
     if engine.dialect.name != "sqlite":
         _reset_safely(engine)
     _engines[engine] = url
@@ -157,6 +159,16 @@ def _limit_waiting(engine: Engine, seconds: float) -> None:
         )
         cursor.close()
         dbapi.commit()
+
+
+def _lock_no_gaps(engine: Engine) -> None:
+    """Have MariaDB lock rows, and not the gaps between them, where those that open new tasks meet in deadlocks."""
+
+    @event.listens_for(engine, "connect")
+    def connected(dbapi: Any, _record: object) -> None:
+        cursor = dbapi.cursor()
+        cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        cursor.close()
 
 
 def is_own(connection: Connection) -> bool:

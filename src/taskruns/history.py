@@ -8,18 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import URL, Connection, Engine
 
 from taskruns import engine, migrate, recovery
-from taskruns.commit import Call, GroupCommit, Writer
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.liveness import STALE_AFTER, Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
-from taskruns.reader import RETRY_FOR, Operation, Reader
+from taskruns.reader import RETRY_FOR, Reader
 from taskruns.recording import OnError, Outage, RecordedRun, Recording, checked_on_error
 from taskruns.repository import TaskRunRepository
 from taskruns.retention import Retention, is_turn
@@ -31,6 +29,7 @@ from taskruns.writing import Start
 
 if TYPE_CHECKING:
     from taskruns.bulk import Row, RowsAdded, RunsAdded
+    from taskruns.commit import GroupCommit
     from taskruns.events import Event
     from taskruns.replay import Replayed
     from taskruns.stream import Stream
@@ -104,6 +103,8 @@ class TaskRunHistory(Reader):
             own, source=source, retry_for=retry_for, on_retry=on_retry, heartbeat=heartbeat, retention=retention
         )
         if group_commit and not (read_only or is_in_memory(history.url)):
+            from taskruns.commit import GroupCommit, Writer
+
             url = history.url
             history._group = GroupCommit(Writer(url, history._supervision, lock_timeout=lock_timeout))
         return history
@@ -165,7 +166,13 @@ class TaskRunHistory(Reader):
         shows that it is over. Runs of other histories, and those of :meth:`record`, are left alone.
         """
         start = Start.of(
-            task_id, attempt, started_at, self.source if source is None else source, submission, source_attempt
+            task_id,
+            attempt,
+            started_at,
+            self.source if source is None else source,
+            submission,
+            source_attempt,
+            self._supervision.own_number,
         )
         return self._open(start, is_certain=False)
 
@@ -173,13 +180,11 @@ class TaskRunHistory(Reader):
         supervision = self._supervision
         if supervision.is_due:
             self._register()
-        return self._write(
-            Call(start.run.task_id, start, is_certain),
+        group = self._group
+        return self._call(
             lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain),
+            first=None if group is None else lambda: group.open(start, is_certain=is_certain),
         )
-
-    def _write(self, call: Call, operation: Operation[TaskRun]) -> TaskRun:
-        return self._call(operation, first=None if self._group is None else partial(self._group.write, call))
 
     def _register(self, *, stream: str | None = None) -> None:
         """Register, or beat, if that is due."""
@@ -205,15 +210,12 @@ class TaskRunHistory(Reader):
         """
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
 
-        supervision = self._supervision
-
-        def close(connection: Connection, lost: bool) -> TaskRun:  # noqa: FBT001  (as in Operation)
-            return supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
-
-        if leave:
-            return self._call(close)
-        run = self._write(Call(task_id, attempt=attempt, outcome=outcome), close)
-        if self.retention is not None and is_turn(attempt):
+        supervision, group = self._supervision, None if leave else self._group
+        run = self._call(
+            lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave),
+            first=None if group is None else lambda: group.close(task_id, attempt, outcome),
+        )
+        if self.retention is not None and not leave and is_turn(attempt):
             self.tidy(task_id)
         return run
 

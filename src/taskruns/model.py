@@ -120,9 +120,8 @@ class TaskRun:
         if self.error is not None and self.phase in (TaskPhase.RUNNING, TaskPhase.SUCCEEDED):
             raise ValueError(f"a {self.phase} run has no error")
 
-    @classmethod
+    @staticmethod
     def starting(
-        cls,
         task_id: str,
         attempt: int,
         *,
@@ -130,23 +129,30 @@ class TaskRun:
         source: str | None = None,
         submission: str | None = None,
         source_attempt: int | None = None,
-    ) -> Self:
+        supervisor_id: int | None = None,
+    ) -> "TaskRun":
         """Return an active run that started now, or at ``started_at``.
 
         Raises:
             ValueError: a name, a number or a time is outside its rules.
             TypeError: an argument has the wrong type.
         """
-        return cls(
-            task_id=checked_name(task_id, "task id"),
-            attempt=checked_attempt(attempt),
-            phase=TaskPhase.RUNNING,
-            started_at=in_utc(started_at, "started_at") if started_at is not None else datetime.now(UTC),
-            source=None if source is None else checked_name(source, "source"),
-            submission=None if submission is None else checked_name(submission, "submission"),
-            source_attempt=(
-                None if source_attempt is None else checked_number(source_attempt, "source_attempt", 0, MAX_ATTEMPT)
-            ),
+        return trusted_run(
+            (
+                checked_name(task_id, "task id"),
+                checked_attempt(attempt),
+                TaskPhase.RUNNING,
+                in_utc(started_at, "started_at") if started_at is not None else datetime.now(UTC),
+                None,
+                None,
+                None,
+                False,
+                False,
+                None if source is None else checked_name(source, "source"),
+                None if submission is None else checked_name(submission, "submission"),
+                None if source_attempt is None else checked_number(source_attempt, "source_attempt", 0, MAX_ATTEMPT),
+                supervisor_id,
+            )
         )
 
     def finish(

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Dialect, Insert, Select, TextClause, Update
-from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 
 from taskruns import engine
 from taskruns.model import TaskPhase, TaskRun, trusted_run
@@ -30,20 +29,24 @@ Statement = Select[Any] | Insert | Update | TextClause
 PHASES = {phase.value: phase for phase in TaskPhase}
 
 
-class _SQLiteCompiler(SQLiteCompiler):
-    """Writes the INDEXED BY of a hint, which SQLAlchemy leaves out."""
+class _Hints:
+    """Has SQLAlchemy's compiler for SQLite write the INDEXED BY of a hint, which it leaves out."""
 
     def get_from_hint_text(self, table: object, text: str | None) -> str | None:  # noqa: ARG002  (SQLAlchemy's)
         """Return what is written after a table."""
         return text
 
 
+def _hinting(compiler: type) -> type:
+    return type("_Compiler", (_Hints, compiler), {})  # from what is loaded: with another database that one is not
+
+
 class Prepared:
     """The text of a statement, and what its parameters need on their way to the driver."""
 
     def __init__(self, statement: Statement, dialect: Dialect) -> None:
-        compiler = _SQLiteCompiler if dialect.name == "sqlite" else dialect.statement_compiler
-        compiled: Any = compiler(dialect, statement)
+        compiler = dialect.statement_compiler
+        compiled: Any = (_hinting(compiler) if dialect.name == "sqlite" else compiler)(dialect, statement)
         self.text = str(compiled)
         self._statement = statement
         self._constants = dict(compiled.params)

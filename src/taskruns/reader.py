@@ -223,28 +223,22 @@ class Reader:
         return self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     def _call(self, operation: Operation[T], *, first: Callable[[], T | None] | None = None) -> T:
-        """Do an operation, again where that may help; ``first`` is another way, which may lead to nothing."""
+        """Do an operation, again where that may help. ``first``: a quicker way, which may lead to nothing."""
         retry = Retry(self._retry_for, self.on_retry)
-        try:
-            found = first() if first is not None and self._is_current else None
-            return self._call_once(operation, retry) if found is None else found
-        except Exception as error:
-            if not retry.is_worth_it(error):
-                raise
-        from tenacity import Retrying  # noqa: PLC0415  (only where something went wrong)
-
-        again = Retrying(**retry.policy())
-        result: T = again(self._call_once, operation, retry)
+        result: T = retry.call(self._call_once, operation, retry, first)
         return result
 
-    def _call_once(self, operation: Operation[T], retry: Retry) -> T:
-        connections = self._connections
-        connection = connections.take()
+    def _call_once(self, operation: Operation[T], retry: Retry, first: Callable[[], T | None] | None = None) -> T:
+        if first is not None and self._is_current and not retry.lost:
+            found = first()
+            if found is not None:
+                return found
+        connection = self._connections.take()
         try:
             self._require_current(connection)
             return operation(connection, retry.lost)
         finally:
-            connections.give_back(connection)
+            self._connections.give_back(connection)
 
     def _require_current(self, connection: Connection) -> None:
         """Check the tables' version, once: migrations within a major never take away what this code needs."""

@@ -34,6 +34,7 @@ class Start:
         source: str | None,
         submission: str | None,
         source_attempt: int | None,
+        supervisor_id: int | None = None,
     ) -> "Start":
         """Check what a caller tells of a start."""
         run = TaskRun.starting(
@@ -43,6 +44,7 @@ class Start:
             source=source,
             submission=submission,
             source_attempt=source_attempt,
+            supervisor_id=supervisor_id,
         )
         return cls(run, attempt is not None)
 
@@ -61,7 +63,9 @@ class Start:
 
     def watched_by(self, supervisor_id: int | None) -> "Start":
         """Return the same start of a run that this supervisor watches over."""
-        return self if supervisor_id is None else Start(self.run.watched_by(supervisor_id), self.numbered)
+        if self.run.supervisor_id == supervisor_id:
+            return self
+        return Start(self.run.watched_by(supervisor_id), self.numbered)
 
 
 def open_alone(connection: Connection, start: Start, *, lost: bool, superseded: Collection[int] = ()) -> TaskRun:

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from taskruns.commit import MOST_WAITING, Call, Writer, take
-from taskruns.model import TaskRun
+from taskruns.model import Outcome, TaskRun
+from taskruns.writing import Start
 
 
 class AsyncGroupCommit:
@@ -38,8 +39,15 @@ class AsyncGroupCommit:
             await asyncio.to_thread(threads.shutdown)
         await asyncio.to_thread(self.writer.dispose)
 
-    async def write(self, call: Call) -> TaskRun | None:
-        """Have a call written, and return its run when it is durable: see :meth:`GroupCommit.write`."""
+    async def open(self, start: Start, *, is_certain: bool) -> TaskRun | None:
+        """Open a run and return it when it is durable: see :meth:`taskruns.commit.GroupCommit.open`."""
+        return await self._write(Call(start.run.task_id, start, is_certain))
+
+    async def close(self, task_id: str, attempt: int, outcome: Outcome) -> TaskRun | None:
+        """Close a run, likewise."""
+        return await self._write(Call(task_id, attempt=attempt, outcome=outcome))
+
+    async def _write(self, call: Call) -> TaskRun | None:
         async with self._room:
             loop = asyncio.get_running_loop()
             call.wake = loop.create_future()

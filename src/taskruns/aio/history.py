@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from functools import partial
 from typing import Self
 
 from sqlalchemy import URL, Connection
@@ -19,14 +18,14 @@ from taskruns.aio.commit import AsyncGroupCommit
 from taskruns.aio.reader import AsyncReader
 from taskruns.aio.repository import AsyncTaskRunRepository
 from taskruns.bulk import Row, RowsAdded, RunsAdded
-from taskruns.commit import Call, Writer
+from taskruns.commit import Writer
 from taskruns.engine import only_reads, url_of
 from taskruns.errors import SchemaVersionError
 from taskruns.events import Event
 from taskruns.liveness import STALE_AFTER, Process
 from taskruns.model import Outcome, TaskPhase, TaskRun
 from taskruns.pruning import Forgetting, Pruning, turns_of
-from taskruns.reader import RETRY_FOR, Operation
+from taskruns.reader import RETRY_FOR
 from taskruns.recording import AsyncRecording, OnError, Outage, RecordedRun, checked_on_error
 from taskruns.replay import Replayed, replay
 from taskruns.retention import Retention, is_turn
@@ -121,7 +120,7 @@ class AsyncTaskRunHistory(AsyncReader):
         """Make one transaction of several calls: see :meth:`taskruns.TaskRunHistory.begin`."""
         if not brief:
             await self._register()
-        async with self._engine.connect() as connection:
+        async with self._connections.one() as connection:
             await self._require_current(connection)
             transaction = await connection.run_sync(lambda connection: engine.transaction(connection, lock=lock))
             await connection.run_sync(lambda _: transaction.__enter__())
@@ -146,7 +145,13 @@ class AsyncTaskRunHistory(AsyncReader):
     ) -> TaskRun:
         """Record that a run has started, and return it: see :meth:`taskruns.TaskRunHistory.open_run`."""
         start = Start.of(
-            task_id, attempt, started_at, self.source if source is None else source, submission, source_attempt
+            task_id,
+            attempt,
+            started_at,
+            self.source if source is None else source,
+            submission,
+            source_attempt,
+            self._supervision.own_number,
         )
         return await self._open(start, is_certain=False)
 
@@ -154,13 +159,11 @@ class AsyncTaskRunHistory(AsyncReader):
         supervision = self._supervision
         if supervision.is_due:
             await self._register()
-        return await self._write(
-            Call(start.run.task_id, start, is_certain),
+        group = self._group
+        return await self._call(
             lambda connection, lost: supervision.open(connection, start, lost=lost, is_certain=is_certain),
+            first=None if group is None else lambda: group.open(start, is_certain=is_certain),
         )
-
-    async def _write(self, call: Call, operation: Operation[TaskRun]) -> TaskRun:
-        return await self._call(operation, first=None if self._group is None else partial(self._group.write, call))
 
     async def _register(self, *, stream: str | None = None) -> None:
         if self._supervision.is_new:
@@ -182,15 +185,12 @@ class AsyncTaskRunHistory(AsyncReader):
         """Record how a run ended, and return it: see :meth:`taskruns.TaskRunHistory.close_run`."""
         outcome = Outcome.of(phase, error=error, exit_code=exit_code, finished_at=finished_at)
 
-        supervision = self._supervision
-
-        def close(connection: Connection, lost: bool) -> TaskRun:  # noqa: FBT001  (as in Operation)
-            return supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave)
-
-        if leave:
-            return await self._call(close)
-        run = await self._write(Call(task_id, attempt=attempt, outcome=outcome), close)
-        if self.retention is not None and is_turn(attempt):
+        supervision, group = self._supervision, None if leave else self._group
+        run = await self._call(
+            lambda connection, lost: supervision.close(connection, task_id, attempt, outcome, lost=lost, leave=leave),
+            first=None if group is None else lambda: group.close(task_id, attempt, outcome),
+        )
+        if self.retention is not None and not leave and is_turn(attempt):
             await self.tidy(task_id)
         return run
 

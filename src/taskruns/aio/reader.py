@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskruns import migrate
+from taskruns.aio.connections import AsyncConnections
 from taskruns.checks import TaskCheck
 from taskruns.filters import ANY_TIME, Phases, RunFilter, RunOrder, filter_of
 from taskruns.following import Following
@@ -32,13 +33,14 @@ class AsyncReader:
 
     def __init__(self, engine: AsyncEngine, *, retry_for: float, on_retry: OnRetry | None) -> None:
         self._engine = engine
+        self._connections = AsyncConnections(engine)
         self.on_retry = on_retry
         self._retry_for = retry_for
         self._is_current = False
 
     async def dispose(self) -> None:
         """Close the idle connections. A later call opens new ones."""
-        await self._engine.dispose()
+        await self._connections.dispose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -210,21 +212,26 @@ class AsyncReader:
         return await self._call(lambda connection, _lost: question(TaskRunRepository(connection)))
 
     async def _call(self, operation: Operation[T], *, first: Callable[[], Awaitable[T | None]] | None = None) -> T:
-        """Do an operation, again where that may help; ``first`` is another way, which may lead to nothing."""
+        """Do an operation, again where that may help. ``first``: a quicker way, which may lead to nothing."""
         retry = Retry(self._retry_for, self.on_retry)
         try:
-            found = await first() if first is not None and self._is_current else None
-            return await self._call_once(operation, retry) if found is None else found
+            return await self._call_once(operation, retry, first)
         except Exception as error:
             if not retry.is_worth_it(error):
                 raise
         from tenacity import AsyncRetrying  # noqa: PLC0415  (only where something went wrong)
 
         again = AsyncRetrying(**retry.policy())
-        return await again(self._call_once, operation, retry)
+        return await again(self._call_once, operation, retry, first)
 
-    async def _call_once(self, operation: Operation[T], retry: Retry) -> T:
-        async with self._engine.connect() as connection:
+    async def _call_once(
+        self, operation: Operation[T], retry: Retry, first: Callable[[], Awaitable[T | None]] | None = None
+    ) -> T:
+        if first is not None and self._is_current and not retry.lost:
+            found = await first()
+            if found is not None:
+                return found
+        async with self._connections.one() as connection:
             await self._require_current(connection)
             return await connection.run_sync(operation, retry.lost)
 
