@@ -146,6 +146,8 @@ class Connections:
             try:
                 if are_lost:
                     connection.invalidate()
+                else:
+                    connection.detach()  # its pool may be gone, and would leave it open
                 connection.close()
             finally:
                 with self._lock:
