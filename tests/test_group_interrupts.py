@@ -59,7 +59,7 @@ class Scene:
     def play(self, interrupted: Interrupted, place: int, name: str) -> dict[str, TaskRun]:
         """Have the caller in this place of the queue interrupted, and return what the others got."""
         found: dict[str, TaskRun] = {}
-        is_free = threading.Event()
+        is_led, is_free = threading.Event(), threading.Event()
 
         def call(task: str) -> None:
             found[task] = self.history.open_run(task)
@@ -70,6 +70,7 @@ class Scene:
 
         def held(calls: list[Call]) -> None:
             if [call.task_id for call in calls] == [f"first {name}"]:
+                is_led.set()
                 assert is_free.wait(30)
             Writer.write(self.group.writer, calls)
 
@@ -77,20 +78,18 @@ class Scene:
         tasks = [f"{which} {name}" for which in ("first", "second", "third", "fourth")]
         threads = [threading.Thread(target=call, args=(task,), daemon=True) for task in tasks]
         threads.insert(1 + place, threading.Thread(target=be_interrupted, daemon=True))
-        waiting = -1
         for thread in threads:
+            waiting = len(self.group._pending)
             thread.start()
-            until(lambda: self._come() > waiting or not thread.is_alive(), "it has come")  # noqa: B023  (used up at once)
-            waiting = self._come()
+            assert is_led.wait(30)
+            if thread is not threads[0]:
+                until(lambda: len(self.group._pending) > waiting or not thread.is_alive(), "it has come")  # noqa: B023  (used up at once)
         is_free.set()
         for thread in threads:
             thread.join(10)
         assert not any(thread.is_alive() for thread in threads), f"a caller hangs: interrupted at {interrupted.where}"
         assert set(found) == set(tasks), f"interrupted at {interrupted.where}"
         return found
-
-    def _come(self) -> int:
-        return len(self.group._pending) + (self.group._leader is not None) - 1
 
 
 @pytest.mark.parametrize("kind", ["sqlite", *SOAK_SERVERS], indirect=True)
