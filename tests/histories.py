@@ -57,11 +57,13 @@ class Driven:
 class Histories:
     """Connects histories of one twin, and sees to it that they give their connections back."""
 
-    def __init__(self, runner: asyncio.Runner | None) -> None:
+    def __init__(self, runner: asyncio.Runner | None, **options: Any) -> None:
         self._runner = runner
+        self._options = options
         self._connected: list[TaskRunHistory] = []
 
     def connect(self, url: str, **options: Any) -> TaskRunHistory:
+        options = self._options | options
         if self._runner is None:
             history = TaskRunHistory.connect(url, **options)
         else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from callers import CALLERS, FIRST, Batches, Callers, Work
+from servers import Databases, available
 from sqlalchemy import create_engine, event, text
 from watchers import lose, until
 
@@ -32,13 +33,29 @@ FAILED, SUCCEEDED = TaskPhase.FAILED, TaskPhase.SUCCEEDED
 Connect = Callable[..., Callers]
 
 
-@pytest.fixture(params=CALLERS)
-def connect(request: pytest.FixtureRequest, database: str) -> Iterator[Connect]:
-    """Connects callers with each database: threads, and tasks of asyncio."""
+SCENES = [("sqlite", "threads"), ("postgresql", "tasks"), ("mariadb", "threads")]
+OTHERS = [("sqlite", "tasks"), ("postgresql", "threads"), ("mariadb", "tasks")]
+
+
+@pytest.fixture(params=[*SCENES, *(pytest.param(scene, marks=pytest.mark.soak) for scene in OTHERS)], ids="-".join)
+def scene(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A kind of database, and of callers."""
+    found: tuple[str, str] = request.param
+    return found
+
+
+@pytest.fixture
+def kind(scene: tuple[str, str], databases: Databases) -> str:
+    return available(scene[0], databases)
+
+
+@pytest.fixture
+def connect(scene: tuple[str, str], database: str) -> Iterator[Connect]:
+    """Connects callers with the database."""
     connected: list[Callers] = []
 
     def of_database(**options: Any) -> Callers:
-        connected.append(CALLERS[request.param](database, **options))
+        connected.append(CALLERS[scene[1]](database, **options))
         return connected[-1]
 
     yield of_database
@@ -197,7 +214,7 @@ def test_several_that_come_together_are_one_transaction(callers: Callers, batche
     assert sent == ["INSERT", *(["WITH"] if kind == "postgresql" else ["BEGIN", "UPDATE", "INSERT", "COMMIT"])]
 
 
-@pytest.mark.parametrize("kind", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("scene", [("sqlite", "threads"), ("sqlite", "tasks")], indirect=True, ids="-".join)
 def test_no_more_wait_than_there_is_room_for(
     connect: Connect, plain: TaskRunHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +235,7 @@ def test_no_more_wait_than_there_is_room_for(
     assert 1 <= max(waiting) <= 5
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "mariadb"], indirect=True)
+@pytest.mark.parametrize("scene", [("postgresql", "tasks"), ("mariadb", "threads")], indirect=True, ids="-".join)
 def test_who_waits_for_a_lock_holds_up_the_others_for_a_moment_only(
     connect: Connect, batches: Batches, plain: TaskRunHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from taskruns import (
     TaskRun,
     TaskRunHistory,
 )
+from taskruns.commit import Writer
 from taskruns.model import MAX_ATTEMPT, SUPERSEDED, clean_error
 from taskruns.schema import task_runs
 
@@ -96,10 +97,12 @@ class Model:
 class Histories(RuleBasedStateMachine):
     databases: Databases
     kind: str
+    group_commit = False
 
     @initialize()
     def connect(self) -> None:
-        self.history = TaskRunHistory.connect(self.databases.migrated(self.kind), source="here")
+        url = self.databases.migrated(self.kind)
+        self.history = TaskRunHistory.connect(url, source="here", group_commit=self.group_commit)
         self.model = Model()
 
     def teardown(self) -> None:
@@ -210,4 +213,23 @@ EXAMPLES = {"sqlite": 40, "postgresql": 15, "mariadb": 15}
 )
 def test_history_does_what_the_model_does(databases: Databases, kind: str, examples: int) -> None:
     machine = type("History", (Histories,), {"databases": databases, "kind": available(kind, databases)})
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=25))
+
+
+GROUPED = {"sqlite": 10, "postgresql": 4, "mariadb": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "examples"),
+    [
+        *((kind, GROUPED[kind]) for kind in KINDS),
+        *(pytest.param(kind, 20 * EXAMPLES[kind], marks=pytest.mark.soak) for kind in KINDS),
+    ],
+)
+def test_history_with_group_commit_does_what_the_model_does(
+    databases: Databases, kind: str, examples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "_write_one", lambda self, connection, call: self._write_all(connection, [call]))
+    namespace = {"databases": databases, "kind": available(kind, databases), "group_commit": True}
+    machine = type("Grouped", (Histories,), namespace)
     run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=25))
