@@ -13,7 +13,6 @@ from test_retries import cut, servers_history
 from taskruns import PROBLEMS, RunFilter, TaskPhase, TaskRun, TaskRunHistory, following, statements
 from taskruns.filters import filter_of
 from taskruns.following import LOOK_BACK, Following
-from taskruns.prepared import Prepared
 from taskruns.schema import task_runs
 
 __all__ = ["servers_history"]  # a fixture
@@ -204,20 +203,14 @@ def test_many_are_told_over_some_steps_none_twice_and_none_missing(history: Task
 
 @pytest.mark.usefixtures("small")
 def test_step_asks_three_queries_at_most_and_two_where_nothing_happens(
-    history: TaskRunHistory, monkeypatch: pytest.MonkeyPatch
+    history: TaskRunHistory,
 ) -> None:
     queries: list[str] = []
-    engine, fetch = cast(Any, history)._engine, Prepared.fetch
-
-    def counted(*arguments: Any) -> Any:
-        queries.append(arguments[0].text)
-        return fetch(*arguments)
-
+    engine = cast(Any, history)._engine
     with history.begin() as runs:
         for number in range(20):
             runs.open_run(f"a{number}")
     follow = Follower(history)
-    monkeypatch.setattr(Prepared, "fetch", counted)  # of which SQLAlchemy knows nothing
     event.listen(getattr(engine, "sync_engine", engine), "before_cursor_execute", lambda *args: queries.append(args[2]))
     while follow.step():
         assert 0 < len(queries) <= 3

@@ -35,14 +35,14 @@ class Batch:
         """
         backend = connection.dialect.name
         starts, ends = self._starts(backend), self._ends(backend)
-        if backend == "postgresql":
-            rows = prepared(connection.dialect, _both).fetch(connection, {"starts": starts, "ends": ends})
-            opened = {task_id: attempt for is_start, task_id, attempt in rows if is_start}
-            return opened, {(task_id, attempt) for is_start, task_id, attempt in rows if not is_start}
         if not self.starts:
             return {}, self._close(connection, ends)
         if not self.ends:
             return _open(connection, starts), set()
+        if backend == "postgresql":
+            rows = prepared(connection.dialect, _both).fetch(connection, {"starts": starts, "ends": ends})
+            opened = {task_id: attempt for is_start, task_id, attempt in rows if is_start}
+            return opened, {(task_id, attempt) for is_start, task_id, attempt in rows if not is_start}
         _tell(connection, _begin)
         try:
             closed, opened = self._close(connection, ends), _open(connection, starts)
@@ -55,10 +55,11 @@ class Batch:
 
     def _close(self, connection: Connection, ends: str) -> set[Key]:
         dialect = connection.dialect
-        if dialect.update_returning:
-            return {(row[0], row[1]) for row in prepared(dialect, _close).fetch(connection, {"ends": ends})}
-        found = prepared(dialect, _close_counted).write(connection, {"ends": ends})
-        return {(run.task_id, run.attempt) for run, _ in self.ends} if found == len(self.ends) else set()
+        if not dialect.update_returning:
+            found = prepared(dialect, _close_counted).write(connection, {"ends": ends})
+            return {(run.task_id, run.attempt) for run, _ in self.ends} if found == len(self.ends) else set()
+        build = _close_postgresql if dialect.name == "postgresql" else _close_sqlite
+        return {(row[0], row[1]) for row in prepared(dialect, build).fetch(connection, {"ends": ends})}
 
     def _starts(self, backend: str) -> str:
         cut = _CUT[backend]
@@ -102,7 +103,7 @@ _CUT = {"postgresql": None, "sqlite": -6, "mysql": -6, "mariadb": -6}
 
 
 def _open(connection: Connection, starts: str) -> dict[str, int]:
-    build = _open_sqlite if connection.dialect.name == "sqlite" else _open_mariadb
+    build = {"sqlite": _open_sqlite, "postgresql": _open_postgresql}.get(connection.dialect.name, _open_mariadb)
     return {row[0]: row[1] for row in prepared(connection.dialect, build).fetch(connection, {"starts": starts})}
 
 
@@ -145,7 +146,7 @@ def _open_sqlite() -> TextClause:
     """)
 
 
-def _close() -> TextClause:
+def _close_sqlite() -> TextClause:
     return text("""
         UPDATE task_runs
         SET phase = json_extract(told.value, '$.phase'),
@@ -161,32 +162,42 @@ def _close() -> TextClause:
     """)
 
 
+_OPENING = """
+    INSERT INTO task_runs (task_id, attempt, phase, started_at, source, submission, source_attempt, supervisor_id)
+    SELECT told.task_id,
+           coalesce(told.attempt, (SELECT coalesce(max(last.attempt), 0) + 1 FROM task_runs AS last
+                                   WHERE last.task_id = told.task_id)),
+           'running', told.started_at, told.source, told.submission, told.source_attempt, told.supervisor_id
+    FROM json_to_recordset(:starts) AS told
+        (task_id text, attempt bigint, started_at timestamptz, source text, submission text, source_attempt bigint,
+         supervisor_id bigint)
+    ON CONFLICT DO NOTHING
+    RETURNING task_id, attempt
+"""
+
+_CLOSING = """
+    UPDATE task_runs AS run
+    SET phase = told.phase, finished_at = greatest(run.started_at, told.finished_at), error = told.error,
+        exit_code = told.exit_code, recovered = false
+    FROM json_to_recordset(:ends) AS told
+        (task_id text, attempt bigint, phase text, finished_at timestamptz, error text, exit_code integer)
+    WHERE run.task_id = told.task_id AND run.attempt = told.attempt AND (run.finished_at IS NULL OR run.recovered)
+    RETURNING run.task_id, run.attempt
+"""
+
+
+def _open_postgresql() -> TextClause:
+    return text(_OPENING)
+
+
+def _close_postgresql() -> TextClause:
+    return text(_CLOSING)
+
+
 def _both() -> TextClause:
-    return text("""
-        WITH closed AS (
-            UPDATE task_runs AS run
-            SET phase = told.phase, finished_at = greatest(run.started_at, told.finished_at), error = told.error,
-                exit_code = told.exit_code, recovered = false
-            FROM json_to_recordset(:ends) AS told
-                (task_id text, attempt bigint, phase text, finished_at timestamptz, error text, exit_code integer)
-            WHERE run.task_id = told.task_id AND run.attempt = told.attempt
-              AND (run.finished_at IS NULL OR run.recovered)
-            RETURNING run.task_id, run.attempt
-        ), opened AS (
-            INSERT INTO task_runs
-                (task_id, attempt, phase, started_at, source, submission, source_attempt, supervisor_id)
-            SELECT told.task_id,
-                   coalesce(told.attempt, (SELECT coalesce(max(last.attempt), 0) + 1 FROM task_runs AS last
-                                           WHERE last.task_id = told.task_id)),
-                   'running', told.started_at, told.source, told.submission, told.source_attempt, told.supervisor_id
-            FROM json_to_recordset(:starts) AS told
-                (task_id text, attempt bigint, started_at timestamptz, source text, submission text,
-                 source_attempt bigint, supervisor_id bigint)
-            ON CONFLICT DO NOTHING
-            RETURNING task_id, attempt
-        )
-        SELECT true, task_id, attempt FROM opened UNION ALL SELECT false, task_id, attempt FROM closed
-    """)
+    # One round trip, and no BEGIN and COMMIT; but slower than either of them where there is no need for the other.
+    told = "SELECT true, task_id, attempt FROM opened UNION ALL SELECT false, task_id, attempt FROM closed"
+    return text(f"WITH closed AS ({_CLOSING}), opened AS ({_OPENING}) {told}")
 
 
 # JSON_TABLE cuts texts and numbers to the width of their column without a word: those are wider than what can come.
