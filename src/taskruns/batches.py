@@ -175,13 +175,16 @@ _OPENING = """
     RETURNING task_id, attempt
 """
 
+# What is true of every attempt has PostgreSQL expect one run and not 100, and so look them up by their keys: else it
+# reads all of a table that is not yet large, and goes on with that kept plan when the table has grown.
 _CLOSING = """
     UPDATE task_runs AS run
     SET phase = told.phase, finished_at = greatest(run.started_at, told.finished_at), error = told.error,
         exit_code = told.exit_code, recovered = false
     FROM json_to_recordset(:ends) AS told
         (task_id text, attempt bigint, phase text, finished_at timestamptz, error text, exit_code integer)
-    WHERE run.task_id = told.task_id AND run.attempt = told.attempt AND (run.finished_at IS NULL OR run.recovered)
+    WHERE run.task_id = told.task_id AND run.attempt = told.attempt AND told.attempt = abs(told.attempt)
+      AND (run.finished_at IS NULL OR run.recovered)
     RETURNING run.task_id, run.attempt
 """
 
