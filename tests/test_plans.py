@@ -1,14 +1,29 @@
 """Each reader that an index is kept for is served by it, and the others by the primary key."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from clients import BLOCKS
-from sqlalchemy import Connection, Select, Table, create_engine, insert, select, text
+from sqlalchemy import Connection, Select, Table, TextClause, create_engine, insert, select, text
 
-from taskruns import PROBLEMS, RunFilter, RunOrder, TaskPhase, Window, engine, pruning_statements, schema, statements
+from taskruns import (
+    PROBLEMS,
+    RunFilter,
+    RunOrder,
+    TaskPhase,
+    TaskRun,
+    Window,
+    batches,
+    engine,
+    pruning_statements,
+    schema,
+    statements,
+)
+from taskruns.batches import Batch
 from taskruns.following import PAGE
+from taskruns.model import Outcome
 from taskruns.prepared import Prepared, prepared
 from taskruns.query_statements import question_of, runs, starts
 from taskruns.url import parse_url
@@ -90,7 +105,8 @@ def fill(connection: Connection, table: Table) -> None:
             "finished_at": None if phase == "running" else started_at + timedelta(seconds=2),
         }
 
-    connection.execute(insert(table), [run(number) for number in range(20_000)])
+    with engine.transaction(connection):
+        connection.execute(insert(table), [run(number) for number in range(20_000)])
 
 
 def plan(connection: Connection, query: Select[Any] | str) -> str:
@@ -116,7 +132,7 @@ def plan_of_step(connection: Connection, wanted: RunFilter, *, are_active: bool)
     return prepared_plan(connection, query, {**values, **place})
 
 
-def prepared_plan(connection: Connection, query: Select[Any], values: dict[str, Any]) -> str:
+def prepared_plan(connection: Connection, query: Select[Any] | TextClause, values: dict[str, Any]) -> str:
     statement = Prepared(query, connection.dialect)
     statement.text = f"{'EXPLAIN QUERY PLAN' if connection.dialect.name == 'sqlite' else 'EXPLAIN'} {statement.text}"
     return "\n".join(" ".join([*map(str, row), ""]) for row in statement.fetch(connection, values))
@@ -171,6 +187,7 @@ def test_a_start_takes_sqlite_as_many_steps_whatever_the_task_has_run() -> None:
     steps = []
     with own.connect() as connection:
         schema.metadata.create_all(connection)
+        connection.commit()
         fill(connection, schema.task_runs)
         driver: Any = connection.connection.driver_connection
         for task_id in ("task 3", "a new task"):
@@ -183,3 +200,36 @@ def test_a_start_takes_sqlite_as_many_steps_whatever_the_task_has_run() -> None:
             steps.append(len(taken))
     own.dispose()
     assert steps[0] == pytest.approx(steps[1], abs=50)  # of 1,000 runs and of none
+
+
+BATCHES: dict[str, list[Callable[[], TextClause]]] = {
+    "sqlite": [batches._open_sqlite, batches._close_sqlite],
+    "postgresql": [batches._open_postgresql, batches._close_postgresql, batches._both],
+    "mariadb": [batches._open_mariadb, batches._close_counted],
+}
+SCANS = {"sqlite": "SCAN task_runs", "postgresql": "Seq Scan on task_runs", "mariadb": "run ALL "}
+
+
+def test_a_batch_finds_its_runs_by_their_key(kind: str, database: str) -> None:
+    batch = Batch()
+    for number in range(64):
+        batch.starts.append(Start.of(f"task {number}", None, START, None, None, None))
+        ended = TaskRun.starting(f"task {number % 20}", number // 20 + 900, started_at=START)
+        batch.ends.append((ended, Outcome.of(TaskPhase.FAILED, error=None, exit_code=1, finished_at=None)))
+    plans: dict[str, str] = {}
+    own = engine.create(database)
+    with own.connect() as connection:
+        backend = connection.dialect.name
+        values = {"starts": batch._starts(backend), "ends": batch._ends(backend)}
+        fill(connection, schema.task_runs)
+        connection.commit()
+        for has_statistics in (False, True):
+            if has_statistics:
+                connection.exec_driver_sql("ANALYZE TABLE task_runs" if kind == "mariadb" else "ANALYZE task_runs")
+                connection.commit()
+            for build in BATCHES[kind]:
+                query = build()
+                needed = {name: values[name] for name in query.compile().params}
+                plans[f"{build.__name__}, {has_statistics=}"] = prepared_plan(connection, query, needed)
+    own.dispose()
+    assert not {name: found for name, found in plans.items() if PRIMARY_KEY[kind] not in found or SCANS[kind] in found}
