@@ -10,6 +10,7 @@ from subprocess import run as run_command
 from typing import Any
 
 import pytest
+from servers import KINDS
 from sqlalchemy import create_engine, make_url, text
 from writers import Writer, race
 
@@ -108,6 +109,70 @@ def test_killed_writer_leaves_every_acknowledged_write(database: str, kills: int
                 (TaskPhase.FAILED, "e" * 5000, 1),
             ]
     assert known
+    check_integrity(database)
+
+
+@pytest.mark.parametrize(
+    ("kind", "twin", "kills", "seconds"),
+    [
+        ("sqlite", "threads", 2, 0),
+        ("postgresql", "tasks", 2, 0),
+        *(pytest.param(kind, twin, 20, 1, marks=pytest.mark.soak) for kind in KINDS for twin in ("threads", "tasks")),
+    ],
+    indirect=["kind"],
+)
+def test_killed_callers_of_one_batch_leave_every_acknowledged_write(
+    database: str, twin: str, kills: int, seconds: float
+) -> None:
+    known: dict[tuple[str, int], bool] = {}
+    random_moment = random.Random(3)
+    callers = 16
+    for _ in range(kills):
+        with Writer("acknowledge together", database, callers, twin) as writer:
+            writer.wait_until_ready()
+            writer.start()
+            writer.wait_for_answer()
+            time.sleep(random_moment.uniform(0.02, 0.15 + seconds))
+            acknowledged = writer.kill()
+        for task, attempt, is_closed in acknowledged:
+            known[task, attempt] = known.get((task, attempt), False) or is_closed
+        with TaskRunHistory.connect(database) as history:
+            history.recover()
+            assert history.active_runs() == []
+            stored = {(run.task_id, run.attempt): run for run in history.all_runs()}
+        for key, is_closed in known.items():
+            # What was told to be closed is closed as told; of what was only opened, the end may have come just yet.
+            assert not stored[key].recovered or not is_closed, f"{key} has lost its end"
+        for number in range(4):
+            attempts = [attempt for task, attempt in stored if task == f"job {number}"]
+            assert attempts == list(range(1, len(attempts) + 1))
+        assert len(stored) - len(known) <= kills * callers
+        assert {(run.phase, run.recovered) for run in stored.values()} <= {("succeeded", False), ("failed", True)}
+    assert any(known.values())
+    check_integrity(database)
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "callers", "count"),
+    [("postgresql", 2, 8, 10), *(pytest.param(kind, 4, 16, 100, marks=pytest.mark.soak) for kind in KINDS)],
+    indirect=["kind"],
+)
+def test_racing_processes_with_group_commit_lose_and_double_nothing(
+    database: str, processes: int, callers: int, count: int
+) -> None:
+    answers = race(database, *[("record together", 20, callers, count)] * processes)
+    assert answers == [[callers * count]] * processes
+    with TaskRunHistory.connect(database) as history:
+        runs = list(history.all_runs())
+    assert len(runs) == processes * callers * count
+    assert {(run.phase, run.recovered) for run in runs} == {("succeeded", False)}
+    for task in range(20):
+        attempts = [run.attempt for run in runs if run.task_id == f"task {task}"]
+        assert attempts == list(range(1, len(attempts) + 1))
+
+
+def check_integrity(database: str) -> None:
+    """Have SQLite look through its file."""
     if make_url(database).get_backend_name() == "sqlite":
         engine = create_engine(database)
         with engine.connect() as connection:

@@ -1,12 +1,15 @@
 """Processes that write: ``python writers.py ROLE URL …`` waits for a line on stdin, and answers in JSON lines."""
 
+import asyncio
 import json
 import mmap
+import os
 import random
 import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import IO, Any, Self
 from zoneinfo import ZoneInfo
 
 from taskruns import Retention, RunClosedError, RunNotFoundError, Span, TaskPhase, TaskRun, TaskRunHistory
+from taskruns.aio import AsyncTaskRunHistory
 from taskruns.retention import EMBEDDED
 
 NOW = datetime.now(UTC)
@@ -26,6 +30,7 @@ class Writer:
     def __init__(self, role: str, url: str, *arguments: object) -> None:
         command = [sys.executable, __file__, role, url, *map(str, arguments)]
         self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+        self._first = ""
 
     def __enter__(self) -> Self:
         return self
@@ -47,10 +52,13 @@ class Writer:
         stdin.write("go\n")
         stdin.flush()
 
+    def wait_for_answer(self) -> None:
+        self._first = self._pipe(self.process.stdout).readline()
+
     def kill(self) -> list[Any]:
         """End it as ``kill -9`` does, and return what it had acknowledged."""
         self.process.kill()
-        output = self._pipe(self.process.stdout).read()
+        output = self._first + self._pipe(self.process.stdout).read()
         return [json.loads(line) for line in output.splitlines(keepends=True) if line.endswith("\n")]
 
     def answers(self) -> list[Any]:
@@ -74,8 +82,7 @@ def race(url: str, *roles: tuple[object, ...]) -> list[list[Any]]:
 
 
 def say(value: object) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    os.write(1, f"{json.dumps(value)}\n".encode())  # at once, and whole, whichever thread says it
 
 
 def opening(history: TaskRunHistory, task_id: str, count: str, started_at: str = "") -> None:
@@ -133,6 +140,49 @@ def acknowledging(history: TaskRunHistory, count: str) -> None:
         say([run.attempt, False])
         history.close_run("job", run.attempt, TaskPhase.FAILED, error="e" * 5000, exit_code=1)
         say([run.attempt, True])
+
+
+def acknowledging_together(history: TaskRunHistory, callers: str, twin: str) -> None:
+    """Open and close runs until killed, through many callers at once; tell of each call that returned."""
+    if twin == "tasks":
+        asyncio.run(_acknowledging_tasks(str(history.url.render_as_string(hide_password=False)), int(callers)))
+        return
+
+    def work(number: int) -> None:
+        task = f"job {number % 4}"
+        while True:
+            with history.record(task) as handle:
+                say([task, handle.attempt, False])
+            say([task, handle.attempt, True])
+
+    with ThreadPoolExecutor(int(callers)) as pool:
+        list(pool.map(work, range(int(callers))))
+
+
+async def _acknowledging_tasks(url: str, callers: int) -> None:
+    history = AsyncTaskRunHistory.connect(url, source="here", group_commit=True)
+
+    async def work(number: int) -> None:
+        task = f"job {number % 4}"
+        while True:
+            async with history.record(task) as handle:
+                say([task, handle.attempt, False])
+            say([task, handle.attempt, True])
+
+    await asyncio.gather(*map(work, range(callers)))
+
+
+def recording_together(history: TaskRunHistory, tasks: str, callers: str, count: str) -> None:
+    """Open and close runs of all tasks through many threads at once; tell how many."""
+
+    def work(number: int) -> None:
+        for turn in range(int(count)):
+            run = history.open_run(f"task {(number + turn) % int(tasks)}", started_at=NOW)
+            history.close_run(run.task_id, run.attempt, TaskPhase.SUCCEEDED)
+
+    with ThreadPoolExecutor(int(callers)) as pool:
+        list(pool.map(work, range(int(callers))))
+    say(int(callers) * int(count))
 
 
 def writing_until(history: TaskRunHistory, stop: str) -> None:
@@ -207,6 +257,8 @@ ROLES: dict[str, Callable[..., None]] = {
     "list": listing,
     "close": closing,
     "acknowledge": acknowledging,
+    "acknowledge together": acknowledging_together,
+    "record together": recording_together,
     "write until": writing_until,
     "churn": churning,
     "stats measured": summing_up_measured,
@@ -216,7 +268,7 @@ ROLES: dict[str, Callable[..., None]] = {
 
 if __name__ == "__main__":
     role, url, *arguments = sys.argv[1:]
-    with TaskRunHistory.connect(url, source="here") as history:
+    with TaskRunHistory.connect(url, source="here", group_commit=role.endswith(" together")) as history:
         history.last_run("nothing")  # connected before the race begins
         say("ready")
         sys.stdin.readline()
