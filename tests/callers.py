@@ -56,7 +56,9 @@ class Callers:
         """Have one do something, and return what it got."""
         raise NotImplementedError
 
-    def together(self, *works: Work, batches: Batches | None = None, waiting: int | None = None) -> list[Any]:
+    def together(
+        self, *works: Work, batches: Batches | None = None, waiting: int | None = None, limit: float = _LIMIT
+    ) -> list[Any]:
         """Have all do something at once, and return what each got.
 
         With ``batches`` they wait for the same batch: all of them, or as many as get so far.
@@ -77,7 +79,9 @@ class Threads(Callers):
     def call(self, work: Work) -> Any:
         return work(self.history)
 
-    def together(self, *works: Work, batches: Batches | None = None, waiting: int | None = None) -> list[Any]:
+    def together(
+        self, *works: Work, batches: Batches | None = None, waiting: int | None = None, limit: float = _LIMIT
+    ) -> list[Any]:
         found: list[Any] = [None] * len(works)
 
         def call(number: int) -> None:
@@ -101,7 +105,7 @@ class Threads(Callers):
                 time.sleep(0.001)
             batches.go_on.set()
         for thread in threads:
-            thread.join(_LIMIT)
+            thread.join(limit)
         assert not any(thread.is_alive() for thread in threads), "a caller hangs"
         return found
 
@@ -117,12 +121,16 @@ class Tasks(Callers):
     def call(self, work: Work) -> Any:
         return self.runner.run(work(self.history))
 
-    def together(self, *works: Work, batches: Batches | None = None, waiting: int | None = None) -> list[Any]:
-        return self.runner.run(self._together(works, batches, waiting))
+    def together(
+        self, *works: Work, batches: Batches | None = None, waiting: int | None = None, limit: float = _LIMIT
+    ) -> list[Any]:
+        return self.runner.run(self._together(works, batches, waiting, limit))
 
-    async def _together(self, works: Sequence[Work], batches: Batches | None, waiting: int | None) -> list[Any]:
+    async def _together(
+        self, works: Sequence[Work], batches: Batches | None, waiting: int | None, limit: float
+    ) -> list[Any]:
         first = None
-        async with asyncio.timeout(_LIMIT):
+        async with asyncio.timeout(limit):
             if batches is not None:
                 batches.hold()
                 first = asyncio.create_task(self.history.open_run(FIRST))

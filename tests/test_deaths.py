@@ -206,7 +206,7 @@ class Victims:
         return self._home.start("--db", self._database, "exec", "-q", "executed", "--", "sleep", seconds)
 
     def record(self) -> "subprocess.Popen[Any]":
-        return Watcher("record", self._database).process
+        return Watcher(self._chance.choice(["record", "record together"]), self._database).process
 
     def ingest(self) -> "subprocess.Popen[Any]":
         quiet = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}

@@ -95,7 +95,8 @@ class Scene:
 @pytest.mark.parametrize("kind", ["sqlite", *SOAK_SERVERS], indirect=True)
 @pytest.mark.parametrize("place", [0, 1], ids=["leader", "follower"])
 def test_interrupt_at_any_moment_harms_nobody_else(database: str, place: int) -> None:
-    scene, found = Scene(database), {}
+    scene = Scene(database)
+    found: dict[str, TaskRun] = {}
     for count in itertools.count(1):
         interrupted = Interrupted(count)
         found |= scene.play(interrupted, place, str(count))
@@ -163,7 +164,8 @@ def test_canceled_callers_do_not_hinder_the_others(database: str, gate: Gate) ->
             gate.is_open.set()
             found = await asyncio.gather(*written, *pending, return_exceptions=True)
             again = await history.open_run("again")
-            assert len(history._group._pending) == 0
+            group: Any = history._group
+            assert not group._pending
             return [*found, again]
 
     found = asyncio.run(scenario())

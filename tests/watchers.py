@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
@@ -244,6 +245,18 @@ def recording_runs(url: str) -> None:
                 time.sleep(0.05)
 
 
+def recording_together(url: str) -> None:
+    """Do so in many threads at once, with group commit."""
+
+    def record(_: int) -> None:
+        while True:
+            with history.record("recorded"):
+                time.sleep(0.05)
+
+    with TaskRunHistory.connect(url, group_commit=True) as history, ThreadPoolExecutor(8) as pool:
+        list(pool.map(record, range(8)))
+
+
 def living(url: str, number: str, seconds: str, idle: str, shift: str) -> None:
     """Record two runs of so many seconds, and be idle between them."""
     shift_clock(float(shift))
@@ -281,6 +294,7 @@ def _is_silent() -> bool:
 ROLES: dict[str, Callable[..., None]] = {
     "open": opening,
     "record": recording_runs,
+    "record together": recording_together,
     "live": living,
     "recover": recovering,
 }
