@@ -255,6 +255,22 @@ def test_dispose_of_the_asynchronous_history_waits_for_what_is_written(database:
     assert set(stored(database)) == {"gate", "other", "late", "again"}
 
 
+def test_callers_that_get_no_thread_write_each_for_itself(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def scenario() -> list[TaskRun]:
+        async with AsyncTaskRunHistory.connect(sqlite, group_commit=True) as history:
+            await history.open_run("before")
+            with monkeypatch.context() as patched:
+                patched.setattr(ThreadPoolExecutor, "submit", refuse)
+                found = await asyncio.gather(*[history.open_run(f"job {number}") for number in range(3)])
+            return [*found, await history.open_run("after")]
+
+    found = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert stored(sqlite) == {run.task_id: [run] for run in found}
+
+
 FORKING = """
 import os, sys, threading
 from taskruns import TaskPhase, TaskRunHistory

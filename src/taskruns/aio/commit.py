@@ -67,7 +67,13 @@ class AsyncGroupCommit:
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="taskruns-commit")
-        self._threads.submit(self._lead, loop)
+        try:
+            self._threads.submit(self._lead, loop)
+        except RuntimeError:  # the interpreter is about to end, or there are too many threads: each for itself
+            with self._lock:
+                batch, self._pending = list(self._pending), deque()
+                self._is_led = False
+            _wake(batch)
 
     def _lead(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
