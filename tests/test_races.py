@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from servers import KINDS
 from sqlalchemy import create_engine, make_url, text
+from watchers import until
 from writers import Writer, race
 
 from taskruns import TaskPhase, TaskRun, TaskRunHistory
@@ -134,6 +135,7 @@ def test_killed_callers_of_one_batch_leave_every_acknowledged_write(
             writer.wait_for_answer()
             time.sleep(random_moment.uniform(0.02, 0.15 + seconds))
             acknowledged = writer.kill()
+        wait_until_quiet(database)
         for task, attempt, is_closed in acknowledged:
             known[task, attempt] = known.get((task, attempt), False) or is_closed
         with TaskRunHistory.connect(database) as history:
@@ -169,6 +171,24 @@ def test_racing_processes_with_group_commit_lose_and_double_nothing(
     for task in range(20):
         attempts = [run.attempt for run in runs if run.task_id == f"task {task}"]
         assert attempts == list(range(1, len(attempts) + 1))
+
+
+BUSY = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'",
+    "mysql": "SELECT count(*) FROM information_schema.processlist"
+    " WHERE db = database() AND id <> connection_id() AND command <> 'Sleep'",
+}
+
+
+def wait_until_quiet(database: str) -> None:
+    """Wait until a server has written what the dead had sent."""
+    engine = create_engine(database, isolation_level="AUTOCOMMIT")
+    query = BUSY.get({"mariadb": "mysql"}.get(engine.dialect.name, engine.dialect.name))
+    if query is not None:
+        with engine.connect() as connection:
+            until(lambda: connection.scalar(text(query)) == 0, "nobody writes")
+    engine.dispose()
 
 
 def check_integrity(database: str) -> None:

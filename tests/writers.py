@@ -59,6 +59,7 @@ class Writer:
         """End it as ``kill -9`` does, and return what it had acknowledged."""
         self.process.kill()
         output = self._first + self._pipe(self.process.stdout).read()
+        self.process.wait(60)  # its pipes are closed a moment before it is gone
         return [json.loads(line) for line in output.splitlines(keepends=True) if line.endswith("\n")]
 
     def answers(self) -> list[Any]:
