@@ -240,19 +240,18 @@ def test_who_waits_for_a_lock_holds_up_the_others_for_a_moment_only(
     connect: Connect, batches: Batches, plain: TaskRunHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit, "_HOLDUP", 0.1)
-    plain.open_run("z row")
+    plain.open_run("row")
     callers, is_held = connect(), threading.Event()
 
     def hold() -> None:
-        with plain.begin(lock="z number") as runs:
-            runs.open_run("z number")
-            runs.close_run("z row", 1, FAILED, error="same")
+        with plain.begin(lock="number") as runs:
+            runs.open_run("number")
+            runs.close_run("row", 1, FAILED, error="same")
             is_held.set()
             until(lambda: len(stored(plain)) == 1 + 30, "the others are written")
 
-    # Whoever waits for a number on MariaDB holds up those of the tasks that come next to its own by name, too.
     works = [opening(task) for task in names("other", 30)]
-    held = [opening("z number"), closing("z row", 1, FAILED, error="same")]
+    held = [opening("number"), closing("row", 1, FAILED, error="same")]
     with ThreadPoolExecutor(1) as pool:
         holding = pool.submit(hold)
         assert is_held.wait(30)
@@ -260,7 +259,7 @@ def test_who_waits_for_a_lock_holds_up_the_others_for_a_moment_only(
         holding.result()
     assert [len(tasks) for tasks in batches.tasks] == [1, 32]
     assert number.attempt == 2
-    assert row == plain.get_run("z row", 1)
+    assert row == plain.get_run("row", 1)
 
 
 def test_runs_that_are_not_active_here_are_closed_and_refined(

@@ -83,7 +83,7 @@ def test_callers_of_a_database_that_goes_down(
     callers = CALLERS[twin](own_database, retry_for=retry_for)
 
     def go_down() -> None:
-        time.sleep(0.3)
+        time.sleep(0.1)
         with server.down(killed=killed):
             time.sleep(seconds)
         diary.is_back.set()
