@@ -43,13 +43,16 @@ class Batch:
             rows = prepared(connection.dialect, _both).fetch(connection, {"starts": starts, "ends": ends})
             opened = {task_id: attempt for is_start, task_id, attempt in rows if is_start}
             return opened, {(task_id, attempt) for is_start, task_id, attempt in rows if not is_start}
-        _tell(connection, _begin)
         try:
+            _tell(connection, _begin)
             closed, opened = self._close(connection, ends), _open(connection, starts)
             _tell(connection, _commit)
         except SQLAlchemyError:
             if not connection.invalidated:
                 _tell(connection, _roll_back)
+            raise
+        except BaseException as error:  # an interrupt between two statements: the transaction must not stay open
+            connection.invalidate(error)
             raise
         return opened, closed
 
@@ -79,7 +82,7 @@ class Batch:
             if run.source_attempt is not None:
                 row["source_attempt"] = run.source_attempt
             rows.append(row)
-        return json.dumps(rows)
+        return json.dumps(rows, ensure_ascii=False)
 
     def _ends(self, backend: str) -> str:
         cut = _CUT[backend]
@@ -94,7 +97,8 @@ class Batch:
                     "exit_code": outcome.exit_code,
                 }
                 for run, outcome in self.ends
-            ]
+            ],
+            ensure_ascii=False,
         )
 
 

@@ -11,12 +11,13 @@ import time
 import weakref
 from collections import deque
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from sqlalchemy import URL, Connection
-from sqlalchemy.exc import NotSupportedError, ProgrammingError
+from sqlalchemy.exc import NotSupportedError, ProgrammingError, SQLAlchemyError
 
 from taskruns import engine
 from taskruns.batches import Batch
@@ -29,6 +30,9 @@ from taskruns.writing import Start
 
 MOST_AT_ONCE = 512
 """Calls that one transaction writes, at most."""
+
+MOST_TEXT = 2**21
+"""Characters in the errors of one transaction, at most: with six bytes for each MariaDB, as installed, takes it."""
 
 MOST_WAITING = 4096
 """Calls that may wait to be written; further callers wait until there is room."""
@@ -92,9 +96,7 @@ class Writer:
                     self._write_one(connection, calls[0])
                 elif self._is_able:
                     self._write_all(connection, calls)
-        except (ProgrammingError, NotSupportedError):
-            self._is_able = False  # the server is too old, or distributed
-        except Exception as error:  # noqa: BLE001  (it is the callers', each of whom raises it, or finds it again)
+        except (SQLAlchemyError, TimeoutError) as error:
             # Where it may be one call's fault, or it is somebody's lock, each finds out without the others.
             if is_lost(error) or (is_refusal(error) and not is_held_up(error)):
                 _fail(calls, error)
@@ -112,37 +114,47 @@ class Writer:
             call.error = error
 
     def _write_all(self, connection: Connection, calls: list[Call]) -> None:
-        supervision, batch = self._supervision, Batch()
-        number = supervision.attend(connection)
-        opening: list[tuple[Call, TaskRun]] = []
-        closing: list[tuple[Call, TaskRun, Outcome]] = []
-        for call in calls:
-            if call.start is not None:
-                if not supervision.superseded_by(call.start):
-                    start = call.start.watched_by(number)
-                    batch.starts.append(start)
-                    opening.append((call, start.run))
-            elif call.outcome is not None:
-                run = supervision.as_opened(call.task_id, call.attempt)
-                if run is not None:
-                    batch.ends.append((run, call.outcome))
-                    closing.append((call, run, call.outcome))
-        opened, closed = batch.write(connection)
-        for call, run in opening:
+        supervision = self._supervision
+        opening, closing = self._fitting(calls, supervision.attend(connection))
+        batch = Batch([start for _, start in opening], [(run, outcome) for _, run, outcome in closing])
+        try:
+            opened, closed = batch.write(connection)
+        except (ProgrammingError, NotSupportedError):
+            self._is_able = False  # the server is too old, or distributed
+            raise
+        for call, start in opening:
             attempt = opened.get(call.task_id)
             if attempt is not None:
-                call.run = run.numbered(attempt)
+                call.run = start.run.numbered(attempt)
                 supervision.opened(call.run, is_certain=call.is_certain)
         for call, run, outcome in closing:
             if (call.task_id, call.attempt) in closed:
                 call.run = run.ended(outcome)
                 supervision.closed(call.task_id, call.attempt)
 
+    def _fitting(
+        self, calls: list[Call], number: int | None
+    ) -> tuple[list[tuple[Call, Start]], list[tuple[Call, TaskRun, Outcome]]]:
+        """Return what a batch can write: no start that ends another run, and no end of a run that is not known here."""
+        supervision, room = self._supervision, MOST_TEXT
+        opening: list[tuple[Call, Start]] = []
+        closing: list[tuple[Call, TaskRun, Outcome]] = []
+        for call in calls:
+            if call.start is not None:
+                if not supervision.superseded_by(call.start):
+                    opening.append((call, call.start.watched_by(number)))
+            elif call.outcome is not None:
+                run = supervision.as_opened(call.task_id, call.attempt)
+                room -= len(call.outcome.error or "")
+                if run is not None and room >= 0:
+                    closing.append((call, run, call.outcome))
+        return opening, closing
+
 
 def _fail(calls: list[Call], error: Exception) -> None:
     for call in calls:
         if call.run is None and call.error is None:
-            call.error = error
+            call.error = copy(error)  # each to be raised in a thread of its own
 
 
 def take(pending: deque[Call]) -> tuple[list[Call], deque[Call]]:
@@ -170,6 +182,7 @@ class GroupCommit:
 
     def begin_anew(self) -> None:
         """Forget the callers: in a forked child they do not exist."""
+        self._here = threading.local()
         self._lock = threading.Lock()
         self._has_room = threading.Condition(self._lock)
         self._pending: deque[Call] = deque()
@@ -194,9 +207,12 @@ class GroupCommit:
         return self._write(Call(task_id, attempt=attempt, outcome=outcome))
 
     def _write(self, call: Call) -> TaskRun | None:
+        if getattr(self._here, "is_inside", False):
+            return None  # a signal handler, or a finalizer, of a thread for which the others may be waiting
         call.wake = threading.Lock()
         call.wake.acquire()
         try:
+            self._here.is_inside = True
             with self._lock:
                 while len(self._pending) >= MOST_WAITING:
                     self._has_room.wait()
@@ -212,6 +228,8 @@ class GroupCommit:
                 self._pending.remove(call)
             self._retire(call)
             raise
+        finally:
+            self._here.is_inside = False
         return call.result()
 
     def _lead(self, leader: Call) -> None:

@@ -41,7 +41,7 @@ class Connections:
     def begin_anew(self) -> list[Connection]:
         """Forget the connections, which are a parent's, without closing them, and return those that nobody uses."""
         idle, self.idle = self.idle, []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may record while its thread holds it
         self._open = 0  # kept or in use
         self._waiting = 0
         self._given: SimpleQueue[Connection | None] = SimpleQueue()  # to those who wait; None is leave to open one

@@ -70,7 +70,9 @@ class Prepared:
         """Send it, and return how many rows it has found."""
         if self._is_direct(connection):
             return self._send(connection, parameters, _row_count)
-        found: int = connection.execute(self._statement, dict(parameters)).rowcount
+        # Which is kept for UPDATE and DELETE by itself: psycopg forgets that of an INSERT when its cursor is closed.
+        options = {"preserve_rowcount": True}
+        found: int = connection.execute(self._statement, dict(parameters), execution_options=options).rowcount
         return found
 
     def _is_direct(self, connection: Connection) -> bool:
@@ -96,9 +98,8 @@ class Prepared:
                 cursor.close()
         except connection.dialect.loaded_dbapi.Error as error:
             raise engine.as_sqlalchemy(connection, error, self.text) from error
-        except BaseException as error:
-            if not isinstance(error, Exception):  # interrupted, or canceled: nobody knows where it stopped
-                connection.invalidate(error)
+        except BaseException as error:  # interrupted, or canceled: nobody knows where it stopped
+            connection.invalidate(error)
             raise
 
 

@@ -1,4 +1,7 @@
-"""The tables: columns, constraints and indexes. ``migrations/`` builds the same."""
+"""The tables: columns, constraints and indexes. ``migrations/`` builds the same.
+
+What only some database has is added by :func:`complete`: when tables are created, compared, or seen as ``TaskRunRow``.
+"""
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime

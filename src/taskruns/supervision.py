@@ -71,7 +71,7 @@ class Supervision:
 
     def begin_anew(self) -> None:
         """Be a supervisor that has no runs and is not registered."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may record while its thread holds it
         self._id = _random.getrandbits(ID_BITS)
         self._process: Process | None = None
         self._beaten_at: float | None = None

@@ -82,11 +82,10 @@ class AsyncGroupCommit:
                 if not batch:
                     self._is_led = False
                     return
-            try:
+            with suppress(Exception):  # its callers know
                 self.writer.write(batch)
-            finally:
-                with suppress(RuntimeError):  # the event loop has ended, and with it those that waited
-                    loop.call_soon_threadsafe(_wake, batch)
+            with suppress(RuntimeError):  # the event loop has ended, and with it those that waited
+                loop.call_soon_threadsafe(_wake, batch)
 
 
 def _wake(batch: list[Call]) -> None:

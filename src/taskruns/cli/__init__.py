@@ -52,12 +52,14 @@ class _Commands(click.Group):
     def get_command(self, _context: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
+        is_collecting = gc.isenabled()
         gc.disable()  # what is imported stays: to look through it again and again takes longer than to record a run
         try:
             module = import_module(f"taskruns.cli.{_COMMANDS[name]}")
         finally:
             gc.freeze()
-            gc.enable()
+            if is_collecting:
+                gc.enable()
         command = getattr(module, f"{name}_command")
         assert isinstance(command, click.Command)  # noqa: S101  (for mypy)
         return command
