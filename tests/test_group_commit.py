@@ -24,7 +24,8 @@ from taskruns import (
     aio,
     commit,
 )
-from taskruns.model import MAX_ATTEMPT, SUPERSEDED, clean_error
+from taskruns.commit import Call
+from taskruns.model import MAX_ATTEMPT, SUPERSEDED, Outcome, clean_error
 
 NOON = datetime(2026, 11, 24, 12, 0, 0, 123456, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -344,3 +345,19 @@ def test_recorded_code_of_many_callers(callers: Callers, plain: TaskRunHistory) 
         ("job 2", SUCCEEDED),
         ("job 3", TaskPhase.TIMEOUT),
     }
+
+
+def test_text_of_a_batch_has_a_limit(mariadb: str) -> None:
+    with TaskRunHistory.connect(mariadb, source="here", group_commit=True) as history:
+        group: Any = history._group
+        error = "\x01" * (60 * 1024)  # six bytes each in JSON, of which the server takes 16 MiB at once
+        tasks = [f"job {number}" for number in range(100)]
+        for task in tasks:
+            history.open_run(task)
+        outcome = Outcome.of(TaskPhase.FAILED, error=error, exit_code=1, finished_at=None)
+        calls = [Call(task, attempt=1, outcome=outcome) for task in tasks]
+        group.writer.write(calls)
+        written = [call for call in calls if call.run is not None]
+        assert 10 < len(written) < 100
+        assert [call.error for call in calls] == [None] * 100  # the others are written each by itself
+        assert history.get_run(written[0].task_id, 1) == written[0].run

@@ -12,12 +12,16 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from servers import Databases
 from watchers import until
 
-from taskruns import TaskPhase, TaskRun, TaskRunHistory
+from taskruns import TaskPhase, TaskRun, TaskRunHistory, batches
 from taskruns.aio import AsyncTaskRunHistory
 from taskruns.commit import Call, Writer
+from taskruns.model import Outcome
 from taskruns.writing import Start
+
+SUCCEEDED = TaskPhase.SUCCEEDED
 
 SOAK_SERVERS = [pytest.param(kind, marks=pytest.mark.soak) for kind in ("postgresql", "mariadb")]
 
@@ -374,3 +378,35 @@ def test_interpreter_that_ends_without_dispose_has_stored_what_it_told(database:
         attempts = [run.attempt for run in runs[task]]
         assert attempts == list(range(1, len(attempts) + 1))
         assert len(attempts) - len(acknowledged) in (0, 1)
+
+
+class SoftLimitError(Exception):
+    """What a signal handler raises to have something end in good time."""
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SoftLimitError])
+@pytest.mark.parametrize("kind", ["sqlite", *SOAK_SERVERS])
+def test_interrupt_between_two_statements_leaves_no_transaction_open(
+    kind: str, databases: Databases, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
+) -> None:
+    with TaskRunHistory.connect(databases.migrated(kind), source="here", group_commit=True) as history:
+        history.open_run("ending")
+        group: Any = history._group
+        number = history._supervision.own_number
+        calls = [
+            Call("ending", attempt=1, outcome=Outcome.of(SUCCEEDED, error=None, exit_code=0, finished_at=None)),
+            Call("starting", Start.of("starting", None, None, "here", None, None, number)),
+        ]
+
+        def interrupted(*_: object) -> None:
+            raise interrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(batches, "_both" if kind == "postgresql" else "_open", interrupted)
+            with pytest.raises(interrupt):
+                group.writer.write(calls)
+        assert [type(call.error) for call in calls] == [ConnectionAbortedError] * 2  # they look whether it was written
+        assert calls[0].error is not calls[1].error
+        assert [run.task_id for run in history.active_runs()] == ["ending"]
+        assert history.close_run("ending", 1, SUCCEEDED) == history.get_run("ending", 1)
+        assert history.open_run("starting").attempt == 1

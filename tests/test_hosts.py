@@ -13,7 +13,18 @@ from sqlalchemy import create_engine, event, literal, make_url, select
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from taskruns import PROBLEMS, RunFilter, RunOrder, Span, TaskPhase, TaskRun, TaskRunHistory, TaskRunRepository, Window
+from taskruns import (
+    PROBLEMS,
+    RunExistsError,
+    RunFilter,
+    RunOrder,
+    Span,
+    TaskPhase,
+    TaskRun,
+    TaskRunHistory,
+    TaskRunRepository,
+    Window,
+)
 
 NOON = datetime(2026, 11, 24, 12, 0, 0, 999_500, tzinfo=UTC)
 PAST = Window(NOON - timedelta(days=1), NOON + timedelta(days=1))
@@ -185,3 +196,24 @@ def test_host_reads_tables_that_are_not_brought_up_to_date(sqlite: str) -> None:
         failed = runs.close_run("job", 1, TaskPhase.FAILED, error="x")
         assert runs.runs("job", phases=PROBLEMS).runs == [failed]
     engine.dispose()
+
+
+def test_numbered_start_is_refused_on_a_connection_of_a_host_too(database: str) -> None:
+    engine = create_engine(database)
+    with engine.begin() as connection:
+        runs = TaskRunRepository(connection)
+        run = runs.open_run("job", attempt=5, started_at=NOON)
+        assert runs.open_run("job", attempt=5, started_at=NOON) == run
+        with pytest.raises(RunExistsError):
+            runs.open_run("job", attempt=5, started_at=NOON + timedelta(seconds=1))
+    engine.dispose()
+
+
+def test_statements_are_the_same_where_sqlalchemy_logs_them(database: str, caplog: pytest.LogCaptureFixture) -> None:
+    with TaskRunHistory.connect(database) as history, caplog.at_level("INFO", logger="sqlalchemy.engine.Engine"):
+        run = history.open_run("job", attempt=5, started_at=NOON)
+        with pytest.raises(RunExistsError):
+            history.open_run("job", attempt=5)
+        assert history.close_run("job", 5, TaskPhase.SUCCEEDED) == history.get_run("job", 5)
+    assert run.is_active
+    assert "INSERT INTO task_runs" in caplog.text
