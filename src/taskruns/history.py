@@ -41,6 +41,8 @@ _log = logging.getLogger("taskruns")
 class TaskRunHistory(Reader):
     """The runs of all tasks in one database. May be shared between threads; a forked child may go on using it.
 
+    On SQLite no other thread should write while the process forks: the child would find the file locked for good.
+
     Every call commits before it returns. Transient errors (a busy database, a deadlock, a lost connection) are tried
     again for up to ``retry_for`` seconds, safely: a start whose answer was lost is looked for before it is repeated.
     """
