@@ -20,8 +20,9 @@ from commands import Home
 from sqlalchemy import Engine, make_url
 
 from taskruns import RunClosedError, TaskPhase, TaskRun, TaskRunHistory, engine, replay as replaying, spool
+from taskruns.kept import Mark
 from taskruns.model import Outcome
-from taskruns.replay import Mark, Replayed, replay
+from taskruns.replay import Replayed, replay
 from taskruns.spool import Spool
 from taskruns.times import rfc3339
 from taskruns.url import parse_url
@@ -469,7 +470,7 @@ def test_threads_share_a_spool(kept_sqlite: Kept) -> None:
 
 
 def test_go_that_runs_out_of_time_is_gone_on_with(kept_sqlite: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replaying, "_LINES_OF_RUNS", 3)
+    monkeypatch.setattr(replaying, "_LINES", 3)
     die_with_open_start(kept_sqlite.database)
     for number in range(10, 15):
         kept_sqlite.add(number, number + 1)

@@ -6,55 +6,42 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import Enum, auto
-from itertools import groupby
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO
 
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import DataError, IntegrityError
 
-from taskruns import engine as engines, migrate, recovery, spool, statements
-from taskruns.errors import RunClosedError, TaskRunsError
-from taskruns.events import Event
+from taskruns import engine as engines, kept, migrate, recovery, spool
+from taskruns.errors import TaskRunsError
+from taskruns.kept import Line, Mark
 from taskruns.liveness import Process
-from taskruns.model import MAX_ATTEMPT, Outcome, TaskRun, checked_name, checked_number
+from taskruns.model import TaskRun
 from taskruns.retrying import Retry, cause_of
 from taskruns.stream import Stream
 from taskruns.supervision import Supervision
 from taskruns.timeline import Effect
-from taskruns.times import parse_time
-from taskruns.writing import Start, close, key_of, open_start, run_of
 
 RETRY_FOR = 5.0
 """Seconds for which each transaction is tried again after a transient error."""
 
 _LINES, _BYTES = 4000, 1024 * 1024
-"""Most lines, and roughly most bytes, between two looks at the clock: one transaction, if they are of a stream."""
+"""Most lines, and roughly most bytes, between two looks at the clock: mostly one transaction."""
 
-_LINES_OF_RUNS = 500
-"""The same of the lines of recorded runs; a fiftieth of it on servers, where each task is a transaction of its own."""
+_LINES_ONE_BY_ONE = 500
+"""The same where they are not written together; a fiftieth of it on servers, where each task is a transaction."""
+
+_HOLDUP = 1.0
+"""Seconds that many lines wait for what somebody else has locked; then each waits for its own."""
 
 _FAULTS = (DataError, IntegrityError, TaskRunsError, ValueError, TypeError)
 """What a line is to blame for, not the database."""
 
-_OUTCOMES = {kind: phase for phase, kind in spool.KINDS.items()}
-
 _log = logging.getLogger("taskruns")
-
-
-class Mark(Enum):
-    """What became of a line that did not do what it says."""
-
-    PRUNED = auto()
-    """The run that it ends is gone."""
-    CONTRADICTED = auto()
-    """The run that it ends has ended otherwise, which stands."""
-    REJECTED = auto()
-    """It cannot be used."""
 
 
 @dataclass(slots=True)
@@ -69,62 +56,6 @@ class Replayed:
     """Files that belong to living processes."""
     is_complete: bool = True
     """Whether all others were done: neither was the time over, nor is another process at it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A line: an event of a stream, or the start or the end of a recorded run."""
-
-    line: bytes
-    event: Event | None = None
-    source: str = ""
-    run: TaskRun | None = None
-    outcome: Outcome | None = None
-    attempt: int | None = None
-    is_forgotten: bool = False
-
-    @classmethod
-    def of(cls, line: bytes) -> Self:
-        """Read a line.
-
-        Raises:
-            ValueError: it cannot be used.
-            TypeError: likewise.
-        """
-        try:
-            wire = json.loads(line)
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        if not isinstance(wire, dict):
-            raise TypeError("it is no JSON object")
-        if "startedAt" not in wire:
-            source = checked_name(wire.pop("source", None), "source")
-            return cls(line, event=Event.from_wire(wire), source=source)
-        started_at = parse_time(wire["startedAt"], "startedAt")
-        get: Callable[[str], Any] = wire.get
-        kind = get("kind")
-        run = TaskRun.starting(
-            get("task"),
-            1,
-            started_at=started_at,
-            source=get("source"),
-            submission=get("id"),
-            source_attempt=get("attempt"),
-        )
-        if kind in (spool.STARTED, spool.FORGOTTEN):
-            return cls(line, run=run, is_forgotten=kind == spool.FORGOTTEN)
-        phase = _OUTCOMES.get(kind)
-        if phase is None:
-            raise ValueError(f"its kind is not known: {kind!r}")
-        attempt = get("run")
-        return cls(
-            line,
-            run=run,
-            outcome=Outcome.of(
-                phase, error=get("reason"), exit_code=get("exitCode"), finished_at=parse_time(get("at"), "at")
-            ),
-            attempt=None if attempt is None else checked_number(attempt, "run", 1, MAX_ATTEMPT),
-        )
 
 
 def replay(
@@ -162,20 +93,21 @@ def replay(
             replayed.is_complete = False
             return replayed
         replaying = _Replaying(engine, replayed, until, supervision, stream)
-        replaying.persist(migrate.require)
-        for path in spool.files(url):
-            descriptor = spool.take(path)
-            if descriptor is None:
-                if path.exists():
-                    replayed.left.append(path)
-                continue
-            try:
-                with os.fdopen(descriptor, "rb", closefd=False) as file:
-                    replaying.replay_file(path, file)
-            finally:
-                spool.release(descriptor)
-            if not replayed.is_complete:
-                break
+        with closing(replaying):
+            replaying.persist(migrate.require)
+            for path in spool.files(url):
+                descriptor = spool.take(path)
+                if descriptor is None:
+                    if path.exists():
+                        replayed.left.append(path)
+                    continue
+                try:
+                    with os.fdopen(descriptor, "rb", closefd=False) as file:
+                        replaying.replay_file(path, file)
+                finally:
+                    spool.release(descriptor)
+                if not replayed.is_complete:
+                    break
         spool.end_outage(url)
     return replayed
 
@@ -203,16 +135,28 @@ class _Replaying:
         self._seen = datetime.now(UTC)
         self._is_said = False
 
+    @cached_property
+    def _hasty(self) -> Engine:
+        """What writes many lines. Meanwhile it locks runs of many tasks, so it waits for nobody for long."""
+        if self._engine.dialect.name == "sqlite":
+            return self._engine
+        return engines.create(engines.url_of(self._engine), lock_timeout=_HOLDUP)
+
+    def close(self) -> None:
+        """Close what was opened here."""
+        if self._hasty is not self._engine:
+            self._hasty.dispose()
+
     @property
     def _is_over(self) -> bool:
         return self._until is not None and time.monotonic() >= self._until
 
-    def persist(self, operation: Callable[[Connection], None]) -> None:
+    def persist(self, operation: Callable[[Connection], None], engine: Engine | None = None) -> None:
         """Do something in the database, and again after a transient error: all that is done here may be done twice."""
         from tenacity import Retrying  # noqa: PLC0415  (only where something was kept)
 
         def persist() -> None:
-            with self._engine.connect() as connection:
+            with (engine or self._engine).connect() as connection:
                 operation(connection)
 
         Retrying(**Retry(RETRY_FOR, None).policy())(persist)
@@ -230,13 +174,13 @@ class _Replaying:
         # How far the last go came. Before it lines are only read, as the starts among them may have no end.
         progress = path.with_suffix(".done")
         starts: dict[spool.Identity, TaskRun] = {}
-        for batch, position in self._batches(file, _number(progress), starts):
-            self._write_all(batch)
-            with suppress(OSError):  # where the disk is full it is done again
-                progress.write_text(str(position), encoding="ascii")
-            if self._is_over:
-                self._replayed.is_complete = False
-                return
+        for lines, end in self._batches(file, _number(progress), starts):
+            for done in self._write_all(lines, end):
+                with suppress(OSError):  # where the disk is full it is done again
+                    progress.write_text(str(done), encoding="ascii")
+                if self._is_over:
+                    self._replayed.is_complete = False
+                    return
         for run in starts.values():
             self.persist(lambda connection, run=run: self._abandon(connection, run))  # type: ignore[misc]  # bound at once
         progress.unlink(missing_ok=True)
@@ -245,43 +189,21 @@ class _Replaying:
 
     def _batches(
         self, file: BinaryIO, done: int, starts: dict[spool.Identity, TaskRun]
-    ) -> Iterator[tuple[list[_Item], int]]:
+    ) -> Iterator[tuple[list[Line], int]]:
         """Yield the lines that begin at ``done`` or later, and where they end; ``starts`` are those without an end."""
-        batch: list[_Item] = []
-        position = first = file.tell()
-        for line in file:
-            if not line.endswith(b"\n"):
-                break  # torn by a kill, and never acknowledged
-            is_new = position >= done
-            position += len(line)
-            item = self._read(line, is_new=is_new)
-            if item is None:
+        batch: list[Line] = []
+        for line in _lines(file, starts):
+            if line.begin < done:
                 continue
-            if item.run is not None:
-                identity = spool.identity_of(item.run)
-                starts.pop(identity, None)
-                if item.outcome is None and not item.is_forgotten:
-                    starts[identity] = item.run
-            if is_new:
-                batch.append(item)
-                if len(batch) >= self._most(item) or position - first > _BYTES:
-                    yield batch, position
-                    batch, first = [], position
+            if batch and not (isinstance(line, Line) and _goes_with(batch, line)):
+                yield batch, line.begin
+                batch = []
+            if isinstance(line, Line):
+                batch.append(line)
+            else:  # after what is before it, or a go that begins in there would reject it again
+                self._reject(line.text, line.error)
         if batch:
-            yield batch, position
-
-    def _most(self, item: _Item) -> int:
-        if item.run is None:
-            return _LINES
-        return _LINES_OF_RUNS if self._engine.dialect.name == "sqlite" else _LINES_OF_RUNS // 50
-
-    def _read(self, line: bytes, *, is_new: bool) -> _Item | None:
-        try:
-            return _Item.of(line)
-        except (ValueError, TypeError) as error:
-            if is_new:
-                self._reject(line, error)
-            return None
+            yield batch, batch[-1].begin + len(batch[-1].text)
 
     def _reject(self, line: bytes, error: Exception | str) -> None:
         """Keep a line that cannot be used beside the file."""
@@ -297,47 +219,74 @@ class _Replaying:
             file.flush()
             os.fsync(descriptor)
 
-    def _write_all(self, items: list[_Item]) -> None:
-        """Write lines in their order; those of recorded runs in that of each task."""
-        for source, some in groupby(items, key=lambda item: item.source):
-            if source:
-                stream = self._streams.setdefault(source, Stream(source))
-                self._write(list(some), stream)
-            elif self._engine.dialect.name == "sqlite":
-                self._write(list(some), None)  # its one lock is all tasks'
-            else:
-                tasks: dict[str, list[_Item]] = {}
-                for item in some:
-                    assert item.run is not None  # noqa: S101  (for mypy: a line without a source of its own has one)
-                    tasks.setdefault(item.run.task_id, []).append(item)
-                for of_task in tasks.values():
-                    self._write(of_task, None)
-        self._replayed.events += len(items)
+    def _write_all(self, lines: list[Line], end: int) -> Iterator[int]:
+        """Write lines of one stream, or of recorded runs, and yield up to where all is done: ``end`` at last."""
+        source = lines[0].source
+        if source:
+            self._write(lines, self._streams.setdefault(source, Stream(source)))
+            left = []
+        else:
+            left = self._write_many(lines)
+        self._replayed.events += len(lines) - len(left)
+        while left:
+            some, left = left[: self._most], left[self._most :]
+            self._write_few(some)
+            self._replayed.events += len(some)
+            if left:
+                yield left[0].begin
+        yield end
 
-    def _write(self, items: list[_Item], stream: Stream | None) -> None:
+    @property
+    def _most(self) -> int:
+        return _LINES_ONE_BY_ONE if self._engine.dialect.name == "sqlite" else _LINES_ONE_BY_ONE // 50
+
+    def _write_many(self, lines: list[Line]) -> list[Line]:
+        """Write the lines of recorded runs that are plain, and return the others."""
+        left: list[Line] = []
+
+        def operation(connection: Connection) -> None:
+            left[:] = kept.write_many(connection, lines)
+
+        try:
+            self.persist(operation, self._hasty)
+        except _FAULTS:
+            return lines
+        return left
+
+    def _write_few(self, lines: list[Line]) -> None:
+        """Write the lines of recorded runs in their order, or in that of each task."""
+        if self._engine.dialect.name == "sqlite":
+            self._write(lines, None)  # its one lock is all tasks'
+            return
+        for of_task in kept.of_tasks(lines).values():
+            self._write([line for line, _ in of_task], None)
+
+    def _write(self, lines: list[Line], stream: Stream | None) -> None:
         """Write lines in one transaction or, if one of them cannot be, each in its own."""
         marks: list[Mark | None] = []
 
         def operation(connection: Connection) -> None:
-            marks[:] = _apply_runs(connection, items) if stream is None else self._apply_told(connection, stream, items)
+            marks[:] = (
+                kept.write_few(connection, lines) if stream is None else self._apply_told(connection, stream, lines)
+            )
 
         try:
             self.persist(operation)
         except _FAULTS as error:
-            if len(items) == 1:
-                self._reject(items[0].line, error)
+            if len(lines) == 1:
+                self._reject(lines[0].text, error)
                 return
-            for item in items:
-                self._write([item], stream)
+            for line in lines:
+                self._write([line], stream)
             return
-        for item, mark in zip(items, marks, strict=True):
+        for line, mark in zip(lines, marks, strict=True):
             if mark is Mark.REJECTED:
-                self._reject(item.line, "the task has used up its attempt numbers")
+                self._reject(line.text, "the task has used up its attempt numbers")
             elif mark is not None:
                 self._replayed.marks[mark] += 1
 
-    def _apply_told(self, connection: Connection, stream: Stream, items: Iterable[_Item]) -> list[Mark | None]:
-        events = [item.event for item in items if item.event is not None]
+    def _apply_told(self, connection: Connection, stream: Stream, lines: Iterable[Line]) -> list[Mark | None]:
+        events = [line.event for line in lines if line.event is not None]
         if stream is self._own and self._supervision is not None:
             effects = self._supervision.write(connection, stream, events)
         else:
@@ -351,40 +300,39 @@ class _Replaying:
         """Close a run whose process is gone."""
         with engines.transaction(connection, lock=run.task_id):
             recovery.close(
-                connection, [recovery.Loss(recovery.ended(_opened(connection, run), self._owner, self._seen))]
+                connection, [recovery.Loss(recovery.ended(kept.opened(connection, run), self._owner, self._seen))]
             )
 
 
-def _apply_runs(connection: Connection, items: list[_Item]) -> list[Mark | None]:
-    runs = [item.run for item in items if item.run is not None]
-    with engines.transaction(connection, lock=runs[0].task_id):
-        return [_apply(connection, item, run) for item, run in zip(items, runs, strict=True)]
+@dataclass(frozen=True, slots=True)
+class _Unusable:
+    text: bytes
+    begin: int
+    error: Exception
 
 
-def _apply(connection: Connection, item: _Item, run: TaskRun) -> Mark | None:
-    """Do what a line says of a recorded run, unless that was done before."""
-    if item.is_forgotten:
-        return None
-    if item.outcome is None:
-        _opened(connection, run)
-        return None
-    if item.attempt is None:
-        stored = _opened(connection, run)
-    else:
-        row = connection.execute(statements.get_run(), key_of(run.task_id, item.attempt)).first()
-        if row is None or run_of(row).started_at != run.started_at:  # or numbers have begun again
-            return Mark.PRUNED
-        stored = run_of(row)
-    try:
-        close(connection, stored.task_id, stored.attempt, item.outcome)
-    except RunClosedError:
-        return Mark.CONTRADICTED
-    return None
+def _lines(file: BinaryIO, starts: dict[spool.Identity, TaskRun]) -> Iterator[Line | _Unusable]:
+    """Read lines; ``starts`` are those of runs without an end so far."""
+    end = file.tell()
+    for text in file:
+        if not text.endswith(b"\n"):
+            break  # torn by a kill, and never acknowledged
+        begin, end = end, end + len(text)
+        try:
+            line = Line.of(text, begin)
+        except (ValueError, TypeError) as error:
+            yield _Unusable(text, begin, error)
+            continue
+        if line.run is not None:
+            identity = spool.identity_of(line.run)
+            starts.pop(identity, None)
+            if line.outcome is None and not line.is_forgotten:
+                starts[identity] = line.run
+        yield line
 
 
-def _opened(connection: Connection, run: TaskRun) -> TaskRun:
-    """Return a run as the database has it; it is opened if it is not there, in a transaction with the task's lock."""
-    return open_start(connection, Start(run, numbered=False), again=True)
+def _goes_with(batch: list[Line], line: Line) -> bool:
+    return line.source == batch[0].source and len(batch) < _LINES and line.begin - batch[0].begin < _BYTES
 
 
 _NOBODY = Process("", None, None, 0, None)

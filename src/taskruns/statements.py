@@ -118,6 +118,23 @@ def last_attempt() -> Select[Any]:
     return select(func.max(_C.attempt)).where(_C.task_id == _bind("task_id")).with_for_update()
 
 
+LAST_AT_ONCE = 100
+"""Tasks that :func:`last_of_each` had better ask for."""
+
+
+@cache
+def last_of_each(count: int) -> Select[Any]:
+    """Select the highest numbers of ``task_0``, ``task_1`` and so on, in one row; each is one entry of the key."""
+    of_task = (_C.task_id == bindparam(f"task_{place}", type_=_C.task_id.type) for place in range(count))
+    return select(*(select(func.max(_C.attempt)).where(same).scalar_subquery() for same in of_task))
+
+
+@cache
+def runs_started_at() -> Select[Any]:
+    """Select the runs of all tasks that started at some moments."""
+    return select(*COLUMNS).where(_C.started_at.in_(bindparam("moments", type_=_C.started_at.type, expanding=True)))
+
+
 @cache
 def close_run() -> Update:
     """Close a run that is active, or whose outcome was only inferred."""

@@ -7,7 +7,8 @@ import click
 from taskruns.cli import complain
 from taskruns.cli.discovery import database, db_option
 from taskruns.history import TaskRunHistory
-from taskruns.replay import Mark, Replayed
+from taskruns.kept import Mark
+from taskruns.replay import Replayed
 from taskruns.spool import files
 
 _MEANINGS = {
