@@ -234,7 +234,7 @@ def _stored(connection: Connection, tasks: dict[str, list[Kept]]) -> dict[str, l
     stored: dict[str, list[TaskRun]] = {}
     for first in range(0, len(moments), _AT_ONCE):
         given = {"moments": moments[first : first + _AT_ONCE]}
-        for row in connection.execute(statements.runs_started_at(), given):
+        for row in connection.execute(statements.runs_started_at(connection.dialect.name), given):
             if row.task_id in tasks:
                 stored.setdefault(row.task_id, []).append(run_of(row))
     for runs in stored.values():
