@@ -114,7 +114,10 @@ def test_plain_lines_leave_nothing_to_do_one_by_one(database: str) -> None:
     left, rows = written(own, [], lambda connection: write_many(connection, [*ended, last[0]]))
     assert (left, len(rows), sum(row[2] is TaskPhase.SUCCEEDED for row in rows)) == ([], 701, 700)
     assert [row[1] for row in rows if row[0] == "task 7"] == list(range(1, 7))
-    left, rows = written(own, [TaskRun(*row) for row in rows], lambda connection: write_many(connection, last))
+    before = [TaskRun(*row) for row in rows]
+    before[0] = replace(before[0], phase=TaskPhase.FAILED, error="not observed", recovered=True)
+    last.append(replace(ended[700], begin=6000))  # of task 0
+    left, rows = written(own, before, lambda connection: write_many(connection, last))
     assert (left, sum(row[2] is TaskPhase.SUCCEEDED for row in rows)) == ([], 701)
     own.dispose()
 
@@ -127,22 +130,29 @@ def kept(request: pytest.FixtureRequest) -> Iterator[Kept]:
     found.engine.dispose()
 
 
-def meanwhile(monkeypatch: pytest.MonkeyPatch, place: str, do: Callable[[], object]) -> None:
-    """Have something done once, before what is asked at a place."""
-    ask, due = getattr(kept_runs, place), [do]
+def meanwhile(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object], *places: str) -> None:
+    """Have something done once, before the last of these places is reached, in whatever order they are."""
+    left = set(places)
 
-    def ask_later(*arguments: Any) -> Any:
-        while due:
-            due.pop()()
-        return ask(*arguments)
+    def wrap(place: str) -> None:
+        reach = getattr(kept_runs, place)
 
-    monkeypatch.setattr(kept_runs, place, ask_later)
+        def reach_later(*arguments: Any) -> Any:
+            if left == {place}:
+                do()
+            left.discard(place)
+            return reach(*arguments)
+
+        monkeypatch.setattr(kept_runs, place, reach_later)
+
+    for place in places:
+        wrap(place)
 
 
-@pytest.mark.parametrize("place", ["_stored", "key_of"])
+@pytest.mark.parametrize("places", [("_last_numbers", "_stored"), ("key_of",)], ids=["between", "after"])
 @pytest.mark.parametrize("is_same", [True, False])
 def test_run_that_another_adds_meanwhile_is_neither_doubled_nor_an_obstacle(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch, place: str, is_same: bool
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, places: tuple[str, ...], is_same: bool
 ) -> None:
     with TaskRunHistory.connect(kept.database, source="here") as history:
         opened = history.open_run("job 5", started_at=FROM)
@@ -155,7 +165,7 @@ def test_run_that_another_adds_meanwhile_is_neither_doubled_nor_an_obstacle(
         with TaskRunHistory.connect(kept.database, source="here" if is_same else "there") as history:
             history.open_run("job 3", started_at=FROM + timedelta(seconds=13))
 
-    meanwhile(monkeypatch, place, add)
+    meanwhile(monkeypatch, add, *places)
     assert kept.replay().marks == {}
     for number in range(9):
         found = [(one.attempt, one.source, one.phase.value) for one in kept.runs(f"job {number}")]
@@ -177,7 +187,7 @@ def test_run_that_another_closes_meanwhile_is_contradicted(kept: Kept, monkeypat
         with TaskRunHistory.connect(kept.database) as history:
             history.close_run("job 1", 1, TaskPhase.CANCELED)
 
-    meanwhile(monkeypatch, "key_of", close)
+    meanwhile(monkeypatch, close, "key_of")
     assert kept.replay().marks == {Mark.CONTRADICTED: 1}
     assert [kept.runs(f"job {number}")[0].phase.value for number in range(3)] == ["succeeded", "canceled", "succeeded"]
 
@@ -189,7 +199,7 @@ def test_task_that_somebody_has_locked_holds_up_no_other_for_long(kept: Kept, mo
     with own.connect() as connection:
         connection.execution_options(isolation_level="READ COMMITTED")
         bulk.insert_rows(connection, [bulk.row_of(run(90, "job 4"))])
-        meanwhile(monkeypatch, "write_few", connection.commit)  # for this one waits as long as it takes
+        meanwhile(monkeypatch, connection.commit, "write_few")  # for this one waits as long as it takes
         assert kept.replay().events == 6
     own.dispose()
     assert [len(kept.runs(f"job {number}")) for number in range(6)] == [1, 1, 1, 1, 2, 1]
