@@ -40,6 +40,8 @@ BY_END = dict.fromkeys(("sqlite", "postgresql"), "ix_task_runs_problems ") | {"m
 OF_TASK = {"sqlite": "problems_of_task", "postgresql": "ix_task_runs_problems", "mariadb": "PRIMARY"}
 ACTIVE = dict.fromkeys(("sqlite", "postgresql"), "ix_task_runs_active") | {"mariadb": "ix_task_runs_finished"}
 
+LAST = PRIMARY_KEY | {"postgresql": "Backward using pk_task_runs", "mariadb": "Select tables optimized away"}
+
 QUESTIONS: dict[str, tuple[RunFilter, dict[str, str]]] = {
     "a task's newest runs": (RunFilter("task 3"), PRIMARY_KEY),
     "the last success of a task": (RunFilter("task 3", phases=TaskPhase.SUCCEEDED), PRIMARY_KEY),
@@ -138,6 +140,14 @@ def prepared_plan(connection: Connection, query: Select[Any] | TextClause, value
     return "\n".join(" ".join([*map(str, row), ""]) for row in statement.fetch(connection, values))
 
 
+def plan_of_moments(connection: Connection) -> str:
+    query = statements.runs_started_at(connection.dialect.name)
+    moments = {"moments": [START_OF_HOUR + timedelta(seconds=number) for number in range(500)]}
+    if connection.dialect.name == "postgresql":
+        return prepared_plan(connection, query, moments)
+    return plan(connection, query.params(moments))
+
+
 def asked(name: str) -> str:
     return BLOCKS[name].strip().replace("'backup'", "'task 3'")
 
@@ -166,6 +176,9 @@ def test_every_reader_has_its_index(database: str) -> None:
                 plans[f"a step, {wanted}, {are_active=}, {has_statistics=}"] = (found, index[kind])
             for reader, (query, index) in READERS.items():
                 plans[f"{reader}, {has_statistics=}"] = (plan(connection, query), index[kind])
+            plans[f"what may be there already, {has_statistics=}"] = (plan_of_moments(connection), BY_START[kind])
+            last = prepared_plan(connection, statements.last_of_each(1), {"task_0": "task 3"})
+            plans[f"the last number, {has_statistics=}"] = (last, LAST[kind])
         for name, indexes in DOCUMENTED.items():
             plans[name] = (plan(connection, asked(name)), indexes.get(kind, ""))
     own.dispose()

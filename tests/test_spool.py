@@ -470,7 +470,7 @@ def test_threads_share_a_spool(kept_sqlite: Kept) -> None:
 
 
 def test_go_that_runs_out_of_time_is_gone_on_with(kept_sqlite: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replaying, "_LINES", 3)
+    monkeypatch.setattr(replaying, "_LINES_OF_RUNS", 3)
     die_with_open_start(kept_sqlite.database)
     for number in range(10, 15):
         kept_sqlite.add(number, number + 1)
@@ -510,7 +510,7 @@ def test_database_that_fails_leaves_all_for_the_next_time(kept: Kept) -> None:
 
 REPLAYING = (
     "import sys; from taskruns import engine; from taskruns.url import parse_url; from taskruns import replay\n"
-    "replay._LINES = 7; url = parse_url(sys.argv[1]); print(flush=True)\n"
+    "replay._LINES = replay._LINES_OF_RUNS = 7; url = parse_url(sys.argv[1]); print(flush=True)\n"
     "print(replay.replay(engine.create(url), url, wait=len(sys.argv) > 2))"
 )
 

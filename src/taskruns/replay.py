@@ -32,6 +32,9 @@ RETRY_FOR = 5.0
 _LINES, _BYTES = 4000, 1024 * 1024
 """Most lines, and roughly most bytes, between two looks at the clock: mostly one transaction."""
 
+_LINES_OF_RUNS = 2000
+"""The same of recorded runs. More are hardly quicker, and others would wait longer for the lock of an SQLite file."""
+
 _LINES_ONE_BY_ONE = 500
 """The same where they are not written together; a fiftieth of it on servers, where each task is a transaction."""
 
@@ -332,7 +335,8 @@ def _lines(file: BinaryIO, starts: dict[spool.Identity, TaskRun]) -> Iterator[Li
 
 
 def _goes_with(batch: list[Line], line: Line) -> bool:
-    return line.source == batch[0].source and len(batch) < _LINES and line.begin - batch[0].begin < _BYTES
+    most = _LINES if line.source else _LINES_OF_RUNS
+    return line.source == batch[0].source and len(batch) < most and line.begin - batch[0].begin < _BYTES
 
 
 _NOBODY = Process("", None, None, 0, None)
