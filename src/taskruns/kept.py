@@ -113,8 +113,8 @@ def write_many(connection: Connection, lines: Iterable[Line]) -> list[Line]:
     """Do what lines say of recorded runs, in few transactions of few statements; return those that are left to do.
 
     These are all lines of a task one of which is not plain: it contradicts or refines what is stored, or the database
-    does not take it, or another writer takes the task's numbers. No lock of a task is held. A run that another replay
-    adds meanwhile takes a number that is asked for here before its run is, so that it is found, or they collide.
+    does not take it, or another writer takes the task's numbers. No lock of a task is held. The last numbers are read
+    before the runs: what another replay adds meanwhile is found here, or its number is the one that is taken here.
     """
     tasks = of_tasks(lines)
     left: list[Kept] = []

@@ -147,8 +147,9 @@ class _Replaying:
 
     def close(self) -> None:
         """Close what was opened here."""
-        if self._hasty is not self._engine:
-            self._hasty.dispose()
+        own = vars(self).get("_hasty", self._engine)  # not to make it for that
+        if own is not self._engine:
+            own.dispose()
 
     @property
     def _is_over(self) -> bool:
