@@ -120,3 +120,23 @@ def test_driver_is_sent_one_statement_for_each_call(sqlite: str) -> None:
             pair(history)
         driver.set_trace_callback(None)
     assert [statement.split()[0] for statement in sent] == ["INSERT", "UPDATE"] * 3
+
+
+def test_who_waits_is_served_before_who_comes_later(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST", 1)
+    with TaskRunHistory.connect(sqlite) as history:
+        kept, served = history._connections, []
+
+        def wait() -> None:
+            with kept.one():
+                served.append("who waits")
+
+        connection = kept.take()
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        until(lambda: len(kept._waiting) == 1)
+        kept.give_back(connection)
+        with kept.one():  # at once: the other has not woken yet
+            served.append("who comes later")
+        waiting.join()
+    assert served == ["who waits", "who comes later"]

@@ -6,6 +6,7 @@ To have one checked out of SQLAlchemy's pool and reset afterwards takes longer t
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
@@ -43,8 +44,8 @@ class Connections:
         idle, self.idle = self.idle, []
         self._lock = threading.RLock()  # a signal handler may record while its thread holds it
         self._open = 0  # kept or in use
-        self._waiting = 0
-        self._given: SimpleQueue[Connection | None] = SimpleQueue()  # to those who wait; None is leave to open one
+        # What those who wait are given, each by a queue of its own, or the next caller would take it before they wake.
+        self._waiting: deque[SimpleQueue[Connection | None]] = deque()
         return idle
 
     def take(self) -> Connection:
@@ -67,23 +68,24 @@ class Connections:
             raise
 
     def _wait(self) -> Connection | None:
-        """Wait for a connection, or for leave to open one."""
+        """Wait for a connection, or for leave to open one, which is None."""
+        given: SimpleQueue[Connection | None] = SimpleQueue()
         with self._lock, suppress(IndexError):
             if self._open < MOST:
                 self._open += 1
                 return None
-            self._waiting += 1
+            self._waiting.append(given)
             connection = self.idle.pop()  # given back since just now
-            self._waiting -= 1
+            self._waiting.pop()
             return connection
         try:
-            return self._given.get(timeout=PATIENCE)
+            return given.get(timeout=PATIENCE)
         except BaseException as error:
             with self._lock:
-                if self._waiting:
-                    self._waiting -= 1
-                else:  # something is there for everybody who waits, this one too
-                    self._return(self._given.get())
+                try:
+                    self._waiting.remove(given)
+                except ValueError:
+                    self._return(given.get())
             if isinstance(error, Empty):
                 raise PoolTimeoutError(f"all {MOST} connections were in use for {PATIENCE:g} s") from None
             raise
@@ -116,8 +118,7 @@ class Connections:
     def _return(self, connection: Connection | None) -> None:
         """Leave a connection, or leave to open one, to the next one. The caller holds the lock."""
         if self._waiting:
-            self._waiting -= 1
-            self._given.put(connection)
+            self._waiting.popleft().put(connection)
         elif connection is not None:
             self.idle.append(connection)
         else:
