@@ -49,13 +49,13 @@ class Prepared:
         compiled: Any = (_hinting(compiler) if dialect.name == "sqlite" else compiler)(dialect, statement)
         self.text = str(compiled)
         self._statement = statement
-        self._constants = dict(compiled.params)
-        self._names = tuple(compiled.positiontup) if compiled.positional else None
-        self._processors: dict[str, Callable[[Any], Any]] = {}
-        for name, bind in compiled.binds.items():
-            process = bind.type.dialect_impl(dialect).bind_processor(dialect)
-            if process is not None:
-                self._processors[name] = process
+        self._constants = {name: value for name, value in compiled.params.items() if value is not None}
+        self._is_positional = compiled.positional
+        names = compiled.positiontup if compiled.positional else compiled.binds
+        # In the order of the text, with what makes the driver's value of it, if it needs that.
+        self._sent: list[tuple[str, Callable[[Any], Any] | None]] = [
+            (name, compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)) for name in names
+        ]
 
     def fetch(self, connection: Connection, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         """Send it, and return all rows: of a connection of ours as the driver gives them, else as SQLAlchemy does."""
@@ -84,10 +84,12 @@ class Prepared:
         ) and engine.is_own(connection)
 
     def _send(self, connection: Connection, parameters: Mapping[str, Any], take: Callable[[Any], T]) -> T:
-        values = {**self._constants, **parameters}
-        for name, process in self._processors.items():
-            values[name] = process(values[name])
-        sent = values if self._names is None else tuple([values[name] for name in self._names])
+        values = {**self._constants, **parameters} if self._constants else parameters
+        sent: Any
+        if self._is_positional:
+            sent = [values[name] if process is None else process(values[name]) for name, process in self._sent]
+        else:
+            sent = {name: values[name] if process is None else process(values[name]) for name, process in self._sent}
         # What SQLAlchemy does besides takes as long as the rest: a connection of ours commits each statement by itself.
         try:
             cursor = connection.connection.cursor()

@@ -5,6 +5,7 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -26,7 +27,7 @@ class AsyncGroupCommit:
 
     def begin_anew(self) -> None:
         """Forget the callers and the thread: in a forked child they do not exist."""
-        self._room = asyncio.Semaphore(MOST_WAITING)
+        self._has_room = asyncio.Event()
         self._lock = threading.Lock()
         self._pending: deque[Call] = deque()
         self._is_led = False
@@ -39,29 +40,32 @@ class AsyncGroupCommit:
             await asyncio.to_thread(threads.shutdown)
         await asyncio.to_thread(self.writer.dispose)
 
-    async def open(self, start: Start, *, is_certain: bool) -> TaskRun | None:
+    def open(self, start: Start, *, is_certain: bool) -> Awaitable[TaskRun | None]:
         """Open a run and return it when it is durable: see :meth:`taskruns.commit.GroupCommit.open`."""
-        return await self._write(Call(start.run.task_id, start, is_certain))
+        return self._write(Call(start.run.task_id, start, is_certain))
 
-    async def close(self, task_id: str, attempt: int, outcome: Outcome) -> TaskRun | None:
+    def close(self, task_id: str, attempt: int, outcome: Outcome) -> Awaitable[TaskRun | None]:
         """Close a run, likewise."""
-        return await self._write(Call(task_id, attempt=attempt, outcome=outcome))
+        return self._write(Call(task_id, attempt=attempt, outcome=outcome))
 
     async def _write(self, call: Call) -> TaskRun | None:
-        async with self._room:
-            loop = asyncio.get_running_loop()
-            call.wake = loop.create_future()
-            with self._lock:
-                self._pending.append(call)
-                is_led, self._is_led = self._is_led, True
-            if not is_led:
-                loop.call_soon(self._start, loop)  # first come the tasks that are ready by now
-            try:
-                await call.wake
-            except asyncio.CancelledError:
-                with self._lock, suppress(ValueError):
-                    self._pending.remove(call)
-                raise
+        while len(self._pending) >= MOST_WAITING:
+            self._has_room.clear()
+            await self._has_room.wait()
+        loop = asyncio.get_running_loop()
+        call.wake = loop.create_future()
+        with self._lock:
+            self._pending.append(call)
+            is_led, self._is_led = self._is_led, True
+        if not is_led:
+            loop.call_soon(self._start, loop)  # first come the tasks that are ready by now
+        try:
+            await call.wake
+        except asyncio.CancelledError:
+            with self._lock, suppress(ValueError):
+                self._pending.remove(call)
+            self._has_room.set()
+            raise
         return call.result()
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -73,7 +77,7 @@ class AsyncGroupCommit:
             with self._lock:
                 batch, self._pending = list(self._pending), deque()
                 self._is_led = False
-            _wake(batch)
+            self._wake(batch)
 
     def _lead(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
@@ -85,13 +89,13 @@ class AsyncGroupCommit:
             with suppress(Exception):  # its callers know
                 self.writer.write(batch)
             with suppress(RuntimeError):  # the event loop has ended, and with it those that waited
-                loop.call_soon_threadsafe(_wake, batch)
+                loop.call_soon_threadsafe(self._wake, batch)
 
-
-def _wake(batch: list[Call]) -> None:
-    for call in batch:
-        if not call.wake.done():  # canceled
-            call.wake.set_result(None)
+    def _wake(self, batch: list[Call]) -> None:
+        self._has_room.set()
+        for call in batch:
+            if not call.wake.done():  # canceled
+                call.wake.set_result(None)
 
 
 _all: weakref.WeakSet[AsyncGroupCommit] = weakref.WeakSet()
