@@ -149,6 +149,8 @@ class RawMariadb(RawCaller):
             autocommit=True,
         )
         self.cursor = self.connection.cursor()
+        # As taskruns has it. By default writers of new tasks meet in deadlocks, over and over in a table that is empty.
+        self.cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
 
     def open(self, task_id: str) -> int:
         while True:
@@ -243,7 +245,8 @@ class NaiveOrm(OnTaskRuns):
     name = "naive ORM"
 
     def start(self) -> None:
-        self.engine = create_engine(self.database.with_driver, pool_size=THREADS)
+        level = {"isolation_level": "READ COMMITTED"} if self.database.kind == "mariadb" else {}
+        self.engine = create_engine(self.database.with_driver, pool_size=THREADS, **level)
         if self.database.kind == "sqlite":
 
             @event.listens_for(self.engine, "connect")

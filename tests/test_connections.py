@@ -4,11 +4,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 from histories import Histories
 from sqlalchemy import event
 from test_retries import cut, servers_history
+from watchers import until
 
-from taskruns import TaskPhase, TaskRun, TaskRunHistory
+from taskruns import TaskPhase, TaskRun, TaskRunHistory, connections
 
 __all__ = ["servers_history"]  # a fixture
 
@@ -125,7 +127,8 @@ def test_driver_is_sent_one_statement_for_each_call(sqlite: str) -> None:
 def test_who_waits_is_served_before_who_comes_later(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MOST", 1)
     with TaskRunHistory.connect(sqlite) as history:
-        kept, served = history._connections, []
+        kept = history._connections
+        served: list[str] = []
 
         def wait() -> None:
             with kept.one():
@@ -134,7 +137,7 @@ def test_who_waits_is_served_before_who_comes_later(sqlite: str, monkeypatch: py
         connection = kept.take()
         waiting = threading.Thread(target=wait)
         waiting.start()
-        until(lambda: len(kept._waiting) == 1)
+        until(lambda: len(kept._waiting) == 1, "somebody waits")
         kept.give_back(connection)
         with kept.one():  # at once: the other has not woken yet
             served.append("who comes later")

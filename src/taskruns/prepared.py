@@ -51,10 +51,11 @@ class Prepared:
         self._statement = statement
         self._constants = {name: value for name, value in compiled.params.items() if value is not None}
         self._is_positional = compiled.positional
-        names = compiled.positiontup if compiled.positional else compiled.binds
+        binds = {name: bind for bind, name in compiled.bind_names.items()}
         # In the order of the text, with what makes the driver's value of it, if it needs that.
         self._sent: list[tuple[str, Callable[[Any], Any] | None]] = [
-            (name, compiled.binds[name].type.dialect_impl(dialect).bind_processor(dialect)) for name in names
+            (name, binds[name].type.dialect_impl(dialect).bind_processor(dialect))
+            for name in (compiled.positiontup if compiled.positional else binds)
         ]
 
     def fetch(self, connection: Connection, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
