@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _MOST = 1000
 """Statements that are kept for a dialect; far more than there are, if nobody asks for ever new ones."""
 
+_FEW = 100
+"""Rows that a cursor may go on holding."""
+
+_CURSOR = "_taskruns_cursor"
+
 _log = logging.getLogger("sqlalchemy.engine.Engine")
 
 T = TypeVar("T")
@@ -63,6 +68,8 @@ class Prepared:
         rows: Sequence[Sequence[Any]]
         if self._is_direct(connection):
             rows = self._send(connection, parameters, _all_rows)
+            if len(rows) > _FEW:
+                vars(connection).pop(_CURSOR)[1].close()  # or it would go on holding them
         else:
             rows = connection.execute(self._statement, dict(parameters)).all()
         return rows
@@ -93,17 +100,26 @@ class Prepared:
             sent = {name: values[name] if process is None else process(values[name]) for name, process in self._sent}
         # What SQLAlchemy does besides takes as long as the rest: a connection of ours commits each statement by itself.
         try:
-            cursor = connection.connection.cursor()
-            try:
-                cursor.execute(self.text, sent)
-                return take(cursor)
-            finally:
-                cursor.close()
+            cursor = _cursor_of(connection)
+            cursor.execute(self.text, sent)
+            return take(cursor)
         except connection.dialect.loaded_dbapi.Error as error:
             raise engine.as_sqlalchemy(connection, error, self.text) from error
         except BaseException as error:  # interrupted, or canceled: nobody knows where it stopped
             connection.invalidate(error)
             raise
+
+
+def _cursor_of(connection: Connection) -> Any:
+    """Return the one cursor that a connection is used with: to make one each time takes psycopg some microseconds."""
+    dbapi = connection.connection.dbapi_connection
+    kept = vars(connection)
+    of, cursor = kept.get(_CURSOR, (None, None))
+    if of is not dbapi:  # the connection was lost, and is another one now
+        assert dbapi is not None  # noqa: S101  (for mypy)
+        cursor = dbapi.cursor()
+        kept[_CURSOR] = dbapi, cursor
+    return cursor
 
 
 def _all_rows(cursor: Any) -> Any:
