@@ -134,7 +134,8 @@ def _try(connection: Connection, start: Start) -> TaskRun | None:
             return run
     except IntegrityError:
         if dialect.name in ("sqlite", "postgresql"):
-            raise  # without ON CONFLICT a taken number is an error
+            raise
+        # Without ON CONFLICT a taken number is an error.
     if not start.numbered:
         return None
     stored = _stored(connection, key_of(run.task_id, run.attempt))
